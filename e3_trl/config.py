@@ -1,0 +1,168 @@
+"""Configuration of [`E3GRPOTrainer`]: TRL's [`~trl.GRPOConfig`] and the settings of E3."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .budget import RolloutBudgetSchedule
+from .temperature import TemperatureSchedule
+
+
+@dataclass
+class E3GRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`E3GRPOTrainer`].
+
+    This class includes only the parameters that are specific to E3; their defaults are the paper's
+    (https://huggingface.co/papers/2505.18573). All others are those of [`~trl.GRPOConfig`], with TRL's defaults: the
+    paper's objective also needs `loss_type="grpo"`.
+
+    Parameters:
+        > Parameters that control the dynamic rollout budget
+
+        rollout_allocation (`str`, *optional*, defaults to `"rank"`):
+            How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
+            every prompt gets `num_generations`, as in TRL.
+        num_generations_min (`int`, *optional*, defaults to `4`):
+            Limit that the fewest rollouts of a prompt fall to.
+        num_generations_max (`int`, *optional*, defaults to `12`):
+            Limit that the most rollouts of a prompt rise to.
+        num_generations_step (`int`, *optional*, defaults to `2`):
+            How far either bound moves after each pass over the dataset, starting at `num_generations`.
+        difficulty_column (`str`, *optional*):
+            Column of the dataset with a starting difficulty in [0, 1], 1 = hardest. It stands for prompts that have
+            not been sampled yet.
+        difficulty_reward_func (`str`, *optional*):
+            Name of the reward function whose reward is the correctness signal: it makes up a prompt's difficulty, and
+            a rollout counts as correct above 0.5. If `None`, the first reward function.
+
+        > Parameters that control the temperature schedule
+
+        temperature_schedule (`str`, *optional*, defaults to `"entropy"`):
+            `"entropy"` = the temperature holds the policy's entropy at a target (Eq. 4), `"constant"` = as in TRL.
+        temperature_target_entropy (`float`, *optional*):
+            Target entropy in nats per token. If `None`, it is measured on the first `temperature_warmup_steps`
+            batches.
+        temperature_warmup_steps (`int`, *optional*, defaults to `1`):
+            Number of batches that the target entropy is measured on.
+        temperature_min (`float`, *optional*, defaults to `0.1`):
+            The schedule goes no lower.
+        temperature_max (`float`, *optional*, defaults to `2.0`):
+            The schedule goes no higher.
+        annealing_start (`float`, *optional*, defaults to `0.6`):
+            Fraction of the run's steps after which the target entropy falls (Eq. 5). `None` = it stays.
+        annealing_factor (`float`, *optional*, defaults to `0.9`):
+            Part of the target entropy that is left at the last step.
+        eval_temperature (`float`, *optional*):
+            Sampling temperature of evaluations. If `None`, `temperature`; never the scheduled one.
+    """
+
+    # Parameters that control the dynamic rollout budget
+    rollout_allocation: str = field(
+        default="rank",
+        metadata={
+            "help": "How a batch's rollouts are split over its prompts: 'rank' = by difficulty (Algorithm 1), "
+            "'uniform' = every prompt gets `num_generations`.",
+            "choices": ["rank", "uniform"],
+        },
+    )
+    num_generations_min: int = field(
+        default=4, metadata={"help": "Limit that the fewest rollouts of a prompt fall to, pass by pass."}
+    )
+    num_generations_max: int = field(
+        default=12, metadata={"help": "Limit that the most rollouts of a prompt rise to, pass by pass."}
+    )
+    num_generations_step: int = field(
+        default=2, metadata={"help": "How far either bound moves after each pass, starting at `num_generations`."}
+    )
+    difficulty_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset with a starting difficulty in [0, 1], 1 = hardest, for prompts that have "
+            "not been sampled yet."
+        },
+    )
+    difficulty_reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the reward function whose reward is the correctness signal that makes up a prompt's "
+            "difficulty. If None, the first reward function."
+        },
+    )
+
+    # Parameters that control the temperature schedule
+    temperature_schedule: str = field(
+        default="entropy",
+        metadata={
+            "help": "'entropy' = the temperature holds the policy's entropy at a target (Eq. 4), 'constant' = it "
+            "stays at `temperature`.",
+            "choices": ["entropy", "constant"],
+        },
+    )
+    temperature_target_entropy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Target entropy in nats per token. If None, measured on the first `temperature_warmup_steps` "
+            "batches."
+        },
+    )
+    temperature_warmup_steps: int = field(
+        default=1, metadata={"help": "Number of batches that the target entropy is measured on."}
+    )
+    temperature_min: float = field(default=0.1, metadata={"help": "The temperature schedule goes no lower."})
+    temperature_max: float = field(default=2.0, metadata={"help": "The temperature schedule goes no higher."})
+    annealing_start: float | None = field(
+        default=0.6,
+        metadata={"help": "Fraction of the run's steps after which the target entropy falls (Eq. 5). None = never."},
+    )
+    annealing_factor: float = field(
+        default=0.9, metadata={"help": "Part of the target entropy that is left at the last step."}
+    )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Sampling temperature of evaluations. If None, `temperature`, never the scheduled one."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rollout_allocation not in ("rank", "uniform"):
+            raise ValueError(f"rollout_allocation is {self.rollout_allocation!r}. Set it to 'rank' or 'uniform'.")
+        if self.temperature_schedule not in ("entropy", "constant"):
+            raise ValueError(
+                f"temperature_schedule is {self.temperature_schedule!r}. Set it to 'entropy' or 'constant'."
+            )
+        if "temperature" in (self.generation_kwargs or {}):
+            raise ValueError(
+                f"generation_kwargs sets temperature to {self.generation_kwargs['temperature']}, which would hide the "
+                "trainer's own. Set `temperature` instead."
+            )
+        if self.eval_temperature is not None and self.eval_temperature <= 0:
+            raise ValueError(f"eval_temperature is {self.eval_temperature}. Set it above 0.")
+        if self.rollout_allocation == "rank":
+            self.make_budget_schedule()
+        if self.temperature_schedule == "entropy":
+            if self.temperature <= 0:
+                raise ValueError(
+                    f"temperature is {self.temperature}, and greedy decoding has no entropy to hold. Set it above 0, "
+                    "or set temperature_schedule to 'constant'."
+                )
+            self.make_temperature_schedule(vocab_size=3)
+
+    def make_budget_schedule(self) -> RolloutBudgetSchedule:
+        """The bounds of the rollout budget as configured; `ValueError` if they are out of order."""
+        return RolloutBudgetSchedule(
+            self.num_generations, self.num_generations_min, self.num_generations_max, self.num_generations_step
+        )
+
+    def make_temperature_schedule(self, vocab_size: int) -> TemperatureSchedule:
+        """The temperature schedule as configured; `ValueError` if a setting is out of range."""
+        return TemperatureSchedule(
+            vocab_size=vocab_size,
+            temperature=self.temperature,
+            target_entropy=self.temperature_target_entropy,
+            warmup_steps=self.temperature_warmup_steps,
+            annealing_start=self.annealing_start,
+            annealing_factor=self.annealing_factor,
+            temperature_min=self.temperature_min,
+            temperature_max=self.temperature_max,
+        )

@@ -1,0 +1,91 @@
+"""Difficulty of a prompt from its cumulative mean reward: Section 4.1 of E3."""
+
+import numpy as np
+import pandas as pd
+
+
+class DifficultyTracker:
+    r"""
+    Ranks prompts by their cumulative mean reward, easiest first: \\( k_i = rank(q_i) / |D| \\), 1 = hardest.
+
+    Prompts with equal means share the mean of their ranks (an index order would give equal prompts different budgets).
+    A prompt that was never sampled has no difficulty (NaN) unless a starting one is given. Ranks change only in
+    [`DifficultyTracker.rerank`], once per pass.
+
+    Args:
+        num_prompts (`int`):
+            Number of prompts in the dataset, \\( |D| \\).
+        initial_difficulty (`np.ndarray` of shape `(num_prompts,)`, *optional*):
+            Starting difficulty in [0, 1], 1 = hardest, NaN = unknown. It ranks a prompt as a mean reward of
+            `1 - initial_difficulty` would, until the prompt has been sampled.
+
+    Attributes:
+        difficulty (`np.ndarray` of shape `(num_prompts,)`):
+            The ranks in force, in (0, 1] or NaN.
+        num_rollouts (`np.ndarray` of shape `(num_prompts,)`):
+            Scored rollouts so far, \\( n_i \\).
+        reward_sum (`np.ndarray` of shape `(num_prompts,)`):
+            Sum of their rewards, \\( r_i \\).
+
+    Example:
+
+    ```python
+    >>> tracker = DifficultyTracker(4)
+    >>> tracker.observe([0, 0, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    >>> tracker.rerank()
+    >>> tracker.difficulty
+    array([0.25 , 0.625, 0.625,   nan])
+
+    ```
+    """
+
+    def __init__(self, num_prompts: int, initial_difficulty: np.ndarray | None = None):
+        self.num_rollouts = np.zeros(num_prompts, dtype=np.int64)
+        self.reward_sum = np.zeros(num_prompts, dtype=np.float64)
+        if initial_difficulty is None:
+            initial_difficulty = np.full(num_prompts, np.nan)
+        self.initial_difficulty = np.asarray(initial_difficulty, dtype=np.float64)
+        if self.initial_difficulty.shape != (num_prompts,):
+            raise ValueError(
+                f"initial_difficulty must have shape ({num_prompts},), got {self.initial_difficulty.shape}."
+            )
+        self.rerank()
+
+    @property
+    def mean_reward(self) -> np.ndarray:
+        r"""Cumulative mean reward \\( r_i / n_i \\) of each prompt, shape `(num_prompts,)`, NaN if never sampled."""
+        with np.errstate(invalid="ignore"):
+            return self.reward_sum / self.num_rollouts
+
+    def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray) -> None:
+        """
+        Count rollouts and their rewards. NaN rewards (unscorable) are not counted.
+
+        Args:
+            prompt_ids (`np.ndarray` of shape `(N,)`): index of each rollout's prompt in the dataset.
+            rewards (`np.ndarray` of shape `(N,)`): its correctness reward, before any length bias.
+        """
+        prompt_ids_N, rewards_N = np.asarray(prompt_ids), np.asarray(rewards, dtype=np.float64)
+        scored_N = ~np.isnan(rewards_N)
+        np.add.at(self.num_rollouts, prompt_ids_N[scored_N], 1)
+        np.add.at(self.reward_sum, prompt_ids_N[scored_N], rewards_N[scored_N])
+
+    def rerank(self) -> None:
+        """Put new ranks in force. To be called after a full pass over the dataset."""
+        mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
+        self.difficulty = pd.Series(mean_reward).rank(ascending=False).to_numpy() / len(mean_reward)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Arrays of shape `(num_prompts,)` from which [`DifficultyTracker.load_state_dict`] goes on exactly."""
+        return {
+            "num_rollouts": self.num_rollouts.copy(),
+            "reward_sum": self.reward_sum.copy(),
+            "difficulty": self.difficulty.copy(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:
+        """Restore what [`DifficultyTracker.state_dict`] returned; `ValueError` if it is of another dataset size."""
+        for name, current in self.state_dict().items():
+            if np.shape(state_dict[name]) != current.shape:
+                raise ValueError(f"{name} has shape {np.shape(state_dict[name])}, expected {current.shape}.")
+            setattr(self, name, np.array(state_dict[name], dtype=current.dtype))

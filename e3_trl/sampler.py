@@ -1,0 +1,97 @@
+"""Sampler that repeats each prompt as often as its rollout budget says."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from trl.trainer.utils import RepeatSampler
+
+from .budget import RolloutBudgetSchedule
+from .difficulty import DifficultyTracker
+
+
+class RolloutBudgetSampler(RepeatSampler):
+    """
+    TRL's [`~trl.trainer.utils.RepeatSampler`] with a number of repeats per prompt instead of `mini_repeat_count` for
+    all. The total per generation batch stays `batch_size * mini_repeat_count`, so rows per step, rank and micro-batch
+    do not change. Without a budget schedule the stream is RepeatSampler's, pass for pass.
+
+    It can be resumed, which RepeatSampler cannot: the order of the prompts follows from the seed and the epoch alone,
+    and the budgets from the tracker's ranks, which change only when a new pass begins.
+
+    Args:
+        difficulty (`DifficultyTracker`):
+            Ranks of the prompts. The sampler re-ranks it when a new pass begins.
+        budget_schedule (`RolloutBudgetSchedule`, *optional*):
+            Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
+        **kwargs:
+            Arguments of [`~trl.trainer.utils.RepeatSampler`].
+
+    Attributes:
+        epoch (`int`): passes over the dataset before this one.
+
+    Example:
+
+    ```python
+    >>> tracker = DifficultyTracker(2, initial_difficulty=[0.0, 1.0])
+    >>> sampler = RolloutBudgetSampler(
+    ...     data_source=["easy", "hard"],
+    ...     mini_repeat_count=3,
+    ...     batch_size=2,
+    ...     shuffle=False,
+    ...     difficulty=tracker,
+    ...     budget_schedule=RolloutBudgetSchedule(3, num_generations_min=2, num_generations_step=1),
+    ... )
+    >>> list(sampler)
+    [0, 0, 0, 1, 1, 1]
+    >>> sampler.set_epoch(1)
+    >>> list(sampler)
+    [0, 0, 1, 1, 1, 1]
+
+    ```
+    """
+
+    def __init__(
+        self, difficulty: DifficultyTracker, budget_schedule: RolloutBudgetSchedule | None = None, **kwargs
+    ) -> None:
+        super().__init__(**kwargs)
+        self.difficulty = difficulty
+        self.budget_schedule = budget_schedule
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin pass `epoch`, counted from 0: new ranks and wider bounds come into force if it is a later one."""
+        if epoch > self.epoch:
+            self.difficulty.rerank()
+        self.epoch = epoch
+
+    def state_dict(self, num_batches: int) -> dict[str, int]:
+        """
+        The sampler's place after `num_batches` generation batches of the run: `pass`, `position` (generation batches
+        of this pass) and the bounds in force. All but the pass is for the reader, since it follows from the run's step.
+        """
+        bounds = (self.mini_repeat_count,) * 2
+        if self.budget_schedule is not None:
+            bounds = self.budget_schedule.bounds(self.epoch)
+        return {
+            "pass": self.epoch,
+            "position": num_batches - self.epoch * (self.num_samples // self.batch_size),
+            "num_generations_min": bounds[0],
+            "num_generations_max": bounds[1],
+        }
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            # RepeatSampler draws one permutation per pass from a generator that it never resets.
+            self.generator.manual_seed(self.generator.initial_seed())
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        stream = super().__iter__()
+        rows_per_batch = self.batch_size * self.mini_repeat_count
+        while rows := list(islice(stream, rows_per_batch * self.repeat_count)):
+            if self.budget_schedule is not None:
+                prompts_P = np.array(rows[: rows_per_batch : self.mini_repeat_count])
+                budget_P = self.budget_schedule.allocate(self.difficulty.difficulty[prompts_P], self.epoch)
+                rows = np.repeat(prompts_P, budget_P).tolist() * self.repeat_count
+            yield from rows

@@ -1,0 +1,129 @@
+"""`rollouts.jsonl`: one row per prompt per generation batch, written as the run goes."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+FILE_NAME = "rollouts.jsonl"
+
+
+class RolloutLog:
+    """
+    Appends rows to `rollouts.jsonl` so that a killed run leaves at most half a row, which [`read_rollouts`] and a
+    resumed run leave out.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / FILE_NAME
+
+    def start(self) -> None:
+        """Begin a new run: the rows of an earlier one in the same folder move to `rollouts.jsonl.old`."""
+        if self.path.exists():
+            self.path.replace(self.path.with_name(FILE_NAME + ".old"))
+
+    def resume(self, step: int) -> None:
+        """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
+        if self.path.exists():
+            kept = [row for row in read_rollouts(self.path) if row["step"] <= step]
+            temporary = self.path.with_name(FILE_NAME + ".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, self.path)
+
+    def append(self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: float) -> None:
+        """
+        Write a generation batch, one row per prompt.
+
+        Args:
+            step (`int`): the optimizer step that first trains on the batch.
+            counts (`dict`): its [`rollout_counts`].
+            difficulty (`np.ndarray` of shape `(P,)`): the ranks that its budgets came from.
+            temperature (`float`): the temperature it was sampled at.
+        """
+        columns = [counts[name].tolist() for name in ("prompt_id", "rollouts", "correct", "tokens")]
+        known = [None if math.isnan(value) else value for value in difficulty.tolist()]
+        lines = [
+            json.dumps(
+                {
+                    "step": step,
+                    "prompt_id": prompt_id,
+                    "rollouts": rollouts,
+                    "correct": correct,
+                    "tokens": tokens,
+                    "difficulty": value,
+                    "temperature": temperature,
+                }
+            )
+            + "\n"
+            for prompt_id, rollouts, correct, tokens, value in zip(*columns, known, strict=True)
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write("".join(lines))
+
+
+def read_rollouts(path: str | Path) -> list[dict]:
+    """
+    Read `rollouts.jsonl`.
+
+    Args:
+        path (`str` or `Path`): the file, or the run's output folder.
+
+    Returns:
+        `list[dict]`: per prompt and generation batch `step` (the optimizer step that first trains on the batch),
+        `prompt_id` (index in the dataset), `rollouts`, `correct`, `tokens` (of its completions together),
+        `difficulty` (in (0, 1], 1 = hardest, `None` = not ranked yet) and `temperature` (of sampling).
+    """
+    path = Path(path)
+    with open(path / FILE_NAME if path.is_dir() else path) as file:
+        # Only a line that ends was written whole.
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def rollout_counts(prompt_ids: np.ndarray, correctness: np.ndarray, num_tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """
+    Count a batch's rollouts per prompt. A rollout is correct if its correctness reward is above 0.5.
+
+    Args:
+        prompt_ids (`np.ndarray` of shape `(N,)`): each rollout's prompt.
+        correctness (`np.ndarray` of shape `(N,)`): its correctness reward, NaN = unscorable.
+        num_tokens (`np.ndarray` of shape `(N,)`): length of its completion.
+
+    Returns:
+        `dict` of arrays of shape `(P,)`, prompts in the order in which they first appear: `prompt_id`, `rollouts`,
+        `scored`, `correct` and `tokens`.
+    """
+    sorted_ids, first, inverse = np.unique(prompt_ids, return_index=True, return_inverse=True)
+    columns = {
+        "prompt_id": sorted_ids,
+        "rollouts": np.bincount(inverse),
+        "scored": np.bincount(inverse, weights=~np.isnan(correctness)).astype(np.int64),
+        "correct": np.bincount(inverse, weights=correctness > 0.5).astype(np.int64),
+        "tokens": np.bincount(inverse, weights=num_tokens).astype(np.int64),
+    }
+    return {name: column[np.argsort(first)] for name, column in columns.items()}
+
+
+def rollout_metrics(counts: dict[str, np.ndarray]) -> dict[str, float]:
+    """
+    Metrics of a batch from its [`rollout_counts`].
+
+    Returns:
+        `dict` with `rollouts/min` and `rollouts/max` (rollouts of a prompt), `rollouts/all_wrong` and
+        `rollouts/all_correct` (fraction of the prompts whose scored rollouts are all wrong or all right, NaN if none
+        could be scored).
+    """
+    scored = counts["scored"] > 0
+    correct, num_scored = counts["correct"][scored], counts["scored"][scored]
+    return {
+        "rollouts/min": float(counts["rollouts"].min()),
+        "rollouts/max": float(counts["rollouts"].max()),
+        "rollouts/all_wrong": float((correct == 0).mean()) if scored.any() else float("nan"),
+        "rollouts/all_correct": float((correct == num_scored).mean()) if scored.any() else float("nan"),
+    }

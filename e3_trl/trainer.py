@@ -1,0 +1,325 @@
+"""[`E3GRPOTrainer`]: GRPO with dynamic rollout budgets and a temperature schedule."""
+
+import inspect
+import os
+import textwrap
+from dataclasses import asdict
+from types import CellType
+
+import numpy as np
+import torch
+import trl
+from accelerate.logging import get_logger
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from peft import PeftModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from .advantages import aggregate_advantages
+from .callbacks import TemperatureCallback
+from .checkpoint import (
+    dataset_fingerprint,
+    last_complete_checkpoint,
+    load_state,
+    load_window,
+    save_state,
+    save_window,
+)
+from .config import E3GRPOConfig
+from .difficulty import DifficultyTracker
+from .sampler import RolloutBudgetSampler
+from .telemetry import RolloutLog, rollout_counts, rollout_metrics
+from .temperature import EntropyWindow
+from .validation import check_run, initial_difficulty
+
+
+logger = get_logger(__name__)
+
+# Column that carries a row's index in the dataset from the dataset to the advantages; nothing else sees it.
+PROMPT_ID = "e3_prompt_id"
+
+
+class E3GRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for E3 (Efficiency and Exploration in RL for LLMs, https://huggingface.co/papers/2505.18573).
+
+    It differs from [`~trl.GRPOTrainer`] in two things, each of which can be switched off: the number of completions
+    per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
+    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit.
+
+    What is overridden, each around a call of `super()`:
+
+    | hook | why |
+    |---|---|
+    | `__init__` | check the data before a model is loaded, give every prompt an id, find the temperature's places |
+    | `train` | begin `rollouts.jsonl`; resume from the last checkpoint that is complete |
+    | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
+    | `_set_signature_columns_if_needed` | keep the prompt's id under `remove_unused_columns` |
+    | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
+    | `_calculate_rewards` | keep the gathered rewards and completion lengths |
+    | `_generate_and_score_completions` | advantages for groups of any size; count rewards towards difficulty |
+    | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule |
+    | `evaluation_loop` | evaluate at `eval_temperature` |
+    | `_save_checkpoint`, `_load_optimizer_and_scheduler` | E3's state in the checkpoint |
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs:
+            As in [`~trl.GRPOTrainer`], with `args` an [`E3GRPOConfig`].
+
+    Raises:
+        `ValueError`: before a model is loaded, if the data do not fit the configuration.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from e3_trl import E3GRPOConfig, E3GRPOTrainer
+    from trl.rewards import accuracy_reward
+
+    trainer = E3GRPOTrainer(
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        reward_funcs=accuracy_reward,
+        args=E3GRPOConfig(output_dir="outputs/e3", loss_type="grpo"),
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "e3"]
+    _name = "E3"
+    _paper = {
+        "title": "Enhancing Efficiency and Exploration in Reinforcement Learning for LLMs",
+        "id": "2505.18573",
+        "citation": textwrap.dedent("""\
+            @article{liao2025enhancing,
+                title        = {{Enhancing Efficiency and Exploration in Reinforcement Learning for LLMs}},
+                author       = {Mengqi Liao and others},
+                year         = 2025,
+                eprint       = {arXiv:2505.18573},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: E3GRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = E3GRPOConfig(f"{name.split('/')[-1]}-E3")
+        reward_list = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        eval_list = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        fixed_columns = not (kwargs.get("environment_factory") or kwargs.get("rollout_func"))
+        check_run(args, reward_list, train_dataset, eval_list, fixed_columns)
+
+        # The schedule moves `temperature`; these are TRL's fused LM heads, which read it from a closure.
+        self._temperature_cells: list[CellType] = []
+        self.difficulty_tracker: DifficultyTracker | None = None
+        if isinstance(train_dataset, Dataset):
+            self.difficulty_tracker = DifficultyTracker(
+                len(train_dataset), initial_difficulty(args.difficulty_column, train_dataset)
+            )
+            self._dataset = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
+            train_dataset = train_dataset.add_column(PROMPT_ID, np.arange(len(train_dataset)))
+        self.entropy_window = EntropyWindow()
+        self._num_generation_batches = 0
+
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+
+        self._temperature_cells = [
+            _temperature_cell(model) for model in (self.model, self.ref_model) if model is not None
+        ]
+        self._difficulty_reward_index = (
+            0 if args.difficulty_reward_func is None else self.reward_func_names.index(args.difficulty_reward_func)
+        )
+        self._rollout_log = RolloutLog(args.output_dir)
+        self._temperature_schedule = None
+        if args.temperature_schedule == "entropy":
+            self._temperature_schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
+            self.add_callback(TemperatureCallback(self, self._temperature_schedule))
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of sampling and of every log-prob and entropy. It may be set between generation batches."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = temperature
+        if not self._temperature_cells:
+            return  # GRPOTrainer.__init__ is still building what is set below
+        for cell in self._temperature_cells:
+            cell.cell_contents = temperature
+        if self.use_vllm:
+            self.vllm_generation.temperature = temperature
+        else:
+            self.generation_config.temperature = temperature
+            self.generation_kwargs["temperature"] = temperature
+
+    @property
+    def window_step(self) -> int:
+        """Micro-steps since the last generation batch, 0 = the next one generates."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint is True, but {self.args.output_dir} (output_dir) holds no complete "
+                    "checkpoint. Unset it to start a new run."
+                )
+        if not resume_from_checkpoint and self.accelerator.is_main_process:
+            self._rollout_log.start()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if PROMPT_ID not in self._signature_columns:
+            self._signature_columns.append(PROMPT_ID)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        self._train_sampler = RolloutBudgetSampler(
+            difficulty=self.difficulty_tracker,
+            budget_schedule=self.args.make_budget_schedule() if self.args.rollout_allocation == "rank" else None,
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+        return self._train_sampler
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=self.accelerator.device)
+        self._scored = rewards_per_func, self.accelerator.gather(lengths)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training or self.difficulty_tracker is None:
+            return super()._generate_and_score_completions(inputs)
+        device = self.accelerator.device
+        prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
+        inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
+        output = super()._generate_and_score_completions(inputs)
+
+        # TRL compares rows of `num_generations`; a group here has its prompt's own number of completions.
+        rewards_per_func, lengths = self._scored
+        advantages, std = aggregate_advantages(
+            rewards_per_func, self.reward_weights, prompt_ids, self.scale_rewards, self.multi_objective_aggregation
+        )
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = advantages[first : first + len(inputs)]
+        self._logs["advantages"].extend(advantages.tolist())
+        metrics = self._metrics["train"]
+        metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
+
+        correctness = rewards_per_func[:, self._difficulty_reward_index].cpu().numpy()
+        counts = rollout_counts(prompt_ids.cpu().numpy(), correctness, lengths.cpu().numpy())
+        for name, value in rollout_metrics(counts).items():
+            metrics[name].append(value)
+        if self.accelerator.is_main_process:
+            difficulty = self.difficulty_tracker.difficulty[counts["prompt_id"]]
+            self._rollout_log.append(self.state.global_step + 1, counts, difficulty, self.temperature)
+        self.difficulty_tracker.observe(prompt_ids.cpu().numpy(), correctness)
+        self._num_generation_batches += 1
+        return output
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.accelerator.sync_gradients:
+            metrics["temperature"].append(self.temperature)
+        if self.model.training and self._temperature_schedule is not None:
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            num_tokens = self.accelerator.reduce(mask.sum(), reduction="sum").item()
+            self.entropy_window.add(metrics["entropy"][-1], num_tokens)
+        return loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        training_temperature = self.temperature
+        self.temperature = self.args.eval_temperature or self.args.temperature
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.temperature = training_temperature
+
+    def _save_checkpoint(self, model, trial):
+        # Before TRL's part, whose last file marks the checkpoint as complete.
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.difficulty_tracker is not None:
+            if self.window_step != 0:
+                save_window(folder, self.accelerator.process_index, self._buffered_inputs)
+            if self.args.should_save:
+                save_state(folder, self._state_dict(), self.difficulty_tracker.state_dict())
+        super()._save_checkpoint(model, trial)
+
+    def _state_dict(self) -> dict:
+        """What `e3_state.json` holds: all that cannot be recomputed, and what a reader wants to know."""
+        sampler, schedule = self._train_sampler, self._temperature_schedule
+        return {
+            "dataset": self._dataset,
+            "sampler": sampler.state_dict(self._num_generation_batches),
+            "num_generation_batches": self._num_generation_batches,
+            "window_step": self.window_step,
+            "temperature": self.temperature,
+            "temperature_schedule": None if schedule is None else schedule.state_dict(),
+            "entropy_window": asdict(self.entropy_window),
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.difficulty_tracker is None:
+            return
+        if self.accelerator.is_main_process:
+            self._rollout_log.resume(self.state.global_step)
+        loaded = load_state(checkpoint, self._dataset)
+        schedule = self._temperature_schedule
+        if loaded is None:
+            logger.warning(
+                f"{checkpoint} holds no E3 state: difficulty, rollout bounds and temperature start anew from here."
+            )
+            if schedule is not None:
+                schedule.step_count = self.state.global_step
+            return
+        state, difficulty = loaded
+        self.difficulty_tracker.load_state_dict(difficulty)
+        self._train_sampler.epoch = state["sampler"]["pass"]
+        self._num_generation_batches = state["num_generation_batches"]
+        self._step = state["window_step"]
+        if self.window_step != 0:
+            self._buffered_inputs = load_window(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if schedule is not None and state["temperature_schedule"] is not None:
+            schedule.load_state_dict(state["temperature_schedule"])
+            self.temperature = schedule.temperature
+            self.entropy_window = EntropyWindow(**state["entropy_window"])
+
+
+def _temperature_cell(model: torch.nn.Module) -> CellType:
+    """
+    The closure cell from which the fused LM head that TRL put into `model.forward` reads the temperature. It can be
+    set at any time, whatever wraps the forward later, where adding another fused head would nest one in the other.
+    """
+    model = extract_model_from_parallel(model)
+    forward = (model.get_base_model() if isinstance(model, PeftModel) else model).forward
+
+    def reads_temperature(function) -> bool:
+        return "temperature" in getattr(getattr(function, "__code__", None), "co_freevars", ())
+
+    forward = inspect.unwrap(forward, stop=reads_temperature)
+    if not reads_temperature(forward):
+        raise RuntimeError(
+            f"TRL {trl.__version__} keeps the temperature elsewhere than the TRL that e3_trl was tested with. Install "
+            "the version that setup.cfg names."
+        )
+    return forward.__closure__[forward.__code__.co_freevars.index("temperature")]

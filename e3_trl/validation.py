@@ -1,0 +1,108 @@
+"""Checks of a run's data that need no model, so that a mistake costs seconds."""
+
+import inspect
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from trl.trainer.utils import get_callable_name
+
+from .config import E3GRPOConfig
+
+
+# What TRL passes to every reward function besides the columns of the dataset.
+_REWARD_ARGUMENTS = {
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
+}  # fmt: skip
+
+
+def check_run(
+    args: E3GRPOConfig,
+    reward_funcs: list,
+    train_dataset: Dataset | IterableDataset | None,
+    eval_datasets: list[Dataset | IterableDataset],
+    fixed_columns: bool = True,
+) -> None:
+    """
+    Raise `ValueError`, naming the field, its value and the remedy, if the run cannot be trained as configured.
+
+    Args:
+        args ([`E3GRPOConfig`]): the run's configuration.
+        reward_funcs (`list`): reward functions; models and their names are not looked at.
+        train_dataset (`Dataset`, `IterableDataset` or `None`): data to train on.
+        eval_datasets (`list`): data to evaluate on.
+        fixed_columns (`bool`, *optional*, defaults to `True`):
+            Whether all columns come from the dataset. Environments and rollout functions can add to them.
+    """
+    callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
+    if fixed_columns:
+        for dataset in [train_dataset, *eval_datasets]:
+            _check_columns(dataset, callables)
+    names = [get_callable_name(func) for func in callables]
+    if args.difficulty_reward_func is not None and args.difficulty_reward_func not in names:
+        raise ValueError(
+            f"difficulty_reward_func is {args.difficulty_reward_func!r}, which is none of the reward functions "
+            f"{names}. Set it to one of them, or to None for the first."
+        )
+    sized = isinstance(train_dataset, Dataset)
+    annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
+    if annealing and not sized and args.max_steps <= 0:
+        raise ValueError(
+            f"annealing_start is {args.annealing_start}, but max_steps is {args.max_steps} and the dataset has no "
+            "length. Set max_steps, or set annealing_start to None."
+        )
+    if args.rollout_allocation == "rank" and not sized:
+        raise ValueError(
+            f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: prompts without an "
+            "index cannot be ranked. Load it as a `Dataset` (streaming off), or set rollout_allocation to 'uniform'."
+        )
+    if sized:
+        _check_difficulty_column(args.difficulty_column, train_dataset)
+        prompts_per_batch = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts_per_batch:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts_per_batch} of one "
+                f"generation batch (generation_batch_size {args.generation_batch_size} / num_generations "
+                f"{args.num_generations}). Add prompts, or lower per_device_train_batch_size or steps_per_generation."
+            )
+
+
+def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:  # a stream can leave its columns open
+        return
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
+    for func in reward_funcs:
+        for parameter in inspect.signature(func).parameters.values():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            )
+            if required and parameter.name not in _REWARD_ARGUMENTS | set(columns):
+                raise ValueError(
+                    f"Reward function {get_callable_name(func)!r} needs a column {parameter.name!r}, but the dataset "
+                    f"has only {columns}. Add or rename the column, or choose another reward function."
+                )
+
+
+def _check_difficulty_column(column: str | None, dataset: Dataset) -> None:
+    if column is None:
+        return
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"difficulty_column is {column!r}, but the dataset has only {dataset.column_names}. Name one of them."
+        )
+    remedy = "Scale it to [0, 1], 1 = hardest, null = unknown."
+    try:
+        values = initial_difficulty(column, dataset)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"difficulty_column {column!r} does not hold numbers ({error}). {remedy}") from error
+    outside = values[(values < 0) | (values > 1)]
+    if len(outside):
+        raise ValueError(f"difficulty_column {column!r} holds {outside[0]}. {remedy}")
+
+
+def initial_difficulty(column: str | None, dataset: Dataset) -> np.ndarray | None:
+    """The starting difficulty of each prompt, shape `(num_prompts,)`, NaN where the column is null."""
+    return None if column is None else np.array(list(dataset[column]), dtype=np.float64)

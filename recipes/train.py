@@ -1,0 +1,103 @@
+"""
+Train a model with E3, or with one of its baselines: the recipe decides.
+
+    accelerate launch --config_file accelerate_configs/<hardware>.yaml recipes/train.py --config recipes/<model>/<recipe>.yaml
+
+Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on the command
+line, which wins.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
+
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward
+
+
+REWARD_FUNCS = {
+    func.__name__: func
+    for func in (math_accuracy_reward, accuracy_reward, reasoning_accuracy_reward, think_format_reward)
+}
+
+
+@dataclass
+class E3ScriptArguments(ScriptArguments):
+    """
+    Arguments of this script.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*, defaults to `["math_accuracy_reward"]`):
+            Reward functions: `math_accuracy_reward`, one of TRL's (`accuracy_reward`, `reasoning_accuracy_reward`,
+            `think_format_reward`), or a dotted path such as `my_package.rewards.my_reward`, looked up from the
+            current folder too. The first is the correctness signal unless `difficulty_reward_func` names another.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math_accuracy_reward"],
+        metadata={"help": f"Reward functions: any of {sorted(REWARD_FUNCS)}, or a dotted path."},
+    )
+
+
+def load_reward_func(name: str):
+    """A reward function by name or dotted path; `ValueError` if there is none."""
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward_funcs names {name!r}, which cannot be loaded ({error}). Choose one of {sorted(REWARD_FUNCS)}, or "
+            "give the dotted path of a function."
+        ) from error
+
+
+def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
+    """The dataset on the Hub, in a local folder, or in a local parquet, JSON or JSON-lines file."""
+    path = Path(script_args.dataset_name or "")
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+    if kind is None:
+        return load_dataset(
+            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    if not path.is_file():
+        raise ValueError(f"dataset_name is {script_args.dataset_name!r}, and there is no such file. Check the path.")
+    return load_dataset(kind, data_files=str(path), streaming=script_args.dataset_streaming)
+
+
+def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
+    dataset = load_data(script_args)
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+    trainer = E3GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[load_reward_func(name) for name in script_args.reward_funcs],
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_state()
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,113 @@
+"""A tiny model, tokenizer and task on which a training step takes a few hundredths of a second."""
+
+import string
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from e3_trl import E3GRPOConfig, E3GRPOTrainer
+
+
+CHARACTERS = string.ascii_lowercase + string.digits + " :"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+
+
+def vowel_reward(completions, threshold, **kwargs):
+    """1 if at least `threshold` of the completion's characters are vowels: prompts differ in difficulty."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [float(sum(c in "aeiou" for c in text) >= t) for text, t in zip(texts, threshold, strict=True)]
+
+
+def length_reward(completions, **kwargs):
+    """A real-valued reward."""
+    return [len(text) / 7 if isinstance(text, str) else len(text[0]["content"]) / 7 for text in completions]
+
+
+def sometimes_none_reward(completions, threshold, **kwargs):
+    """Cannot score every third completion."""
+    rewards = vowel_reward(completions, threshold)
+    return [None if index % 3 == 0 else reward for index, reward in enumerate(rewards)]
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory) -> str:
+    """An untied Qwen2 of 20,000 parameters with a character tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    vocab = {character: index for index, character in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        eos_token_id=vocab["<eos>"],
+        pad_token_id=vocab["<pad>"],
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def make_dataset(num_prompts: int = 16) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt": [f"say {string.ascii_lowercase[i % 26]}{i}:" for i in range(num_prompts)],
+            "threshold": [i % 4 for i in range(num_prompts)],
+        }
+    )
+
+
+@pytest.fixture
+def make_trainer(model_path, tmp_path):
+    """Make a trainer: 4 prompts x 4 rollouts per update on 16 prompts, so 4 steps a pass. Keywords override."""
+
+    def make(trainer_class=E3GRPOTrainer, config_class=E3GRPOConfig, **overrides):
+        arguments = {
+            "model": model_path,
+            "reward_funcs": vowel_reward,
+            "train_dataset": make_dataset(),
+        }
+        arguments |= {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_ARGUMENTS}
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 16,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "learning_rate": 1e-2,
+            "max_steps": 12,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "seed": 7,
+        }
+        if config_class is E3GRPOConfig:
+            settings |= {"num_generations_min": 2, "num_generations_max": 8}
+        return trainer_class(args=config_class(**settings | overrides), **arguments)
+
+    return make
+
+
+TRAINER_ARGUMENTS = {
+    "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config",
+}  # fmt: skip
+
+
+def logged(trainer, key: str) -> list[float]:
+    """The logged values of a metric, step by step."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]

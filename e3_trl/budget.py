@@ -23,9 +23,9 @@ def allocate_rollouts(
     (3) what is left goes to one prompt after another in descending \\( k \\), each filled up to \\( G_{max} \\).
 
     The sum is always \\( N \\) and every budget lies in \\( [G_{min}, G_{max}] \\). A harder prompt never gets less
-    than an easier one. Differs from the paper's released code, in which step 2 can exceed \\( G_{max} \\), and from the
-    paper in what it leaves open: a prompt without a difficulty counts as its batch's mean, and if all difficulties
-    are equal or unknown every prompt gets \\( G \\).
+    than an easier one. Differs from the paper's released code, in which step 2 can exceed \\( G_{max} \\). Where the
+    paper is silent: a prompt without a difficulty counts as its batch's mean, and if all difficulties are equal or
+    unknown every prompt gets \\( G \\).
 
     Args:
         difficulty (`np.ndarray` of shape `(B,)`):

@@ -1,11 +1,10 @@
 """
 The part of a checkpoint that is E3's: JSON and safetensors, never pickle.
 
-| file | content |
-|---|---|
-| `e3_state.json` | dataset, place of the sampler, bounds, temperature schedule, checksum of the next file |
-| `e3_difficulty.safetensors` | rollouts, rewards and rank in force of each prompt |
-| `e3_generation_window_<process>.safetensors` | completions still to be trained on, if the checkpoint lies inside a generation window |
+- `e3_state.json`: the dataset's fingerprint, the sampler's place, the bounds in force, the temperature schedule, checksums
+- `e3_difficulty.safetensors`: rollouts, rewards and rank in force of each prompt
+- `e3_generation_window_<process>.safetensors`: the completions still to be trained on, if the checkpoint lies inside a
+  generation window
 """
 
 import hashlib

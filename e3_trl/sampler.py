@@ -69,7 +69,7 @@ class RolloutBudgetSampler(RepeatSampler):
     def state_dict(self, num_batches: int) -> dict[str, int]:
         """
         The sampler's place after `num_batches` generation batches of the run: `pass`, `position` (generation batches
-        of this pass) and the bounds in force. All but the pass is for the reader, since it follows from the run's step.
+        of this pass) and the bounds in force. All but the pass is for the reader: it follows from the run's step.
         """
         bounds = (self.mini_repeat_count,) * 2
         if self.budget_schedule is not None:

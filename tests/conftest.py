@@ -6,10 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
 
+
+# On a model this small a second thread costs more than it brings, and on a busy machine a hundred times more.
+torch.set_num_threads(1)
 
 CHARACTERS = string.ascii_lowercase + string.digits + " :"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
@@ -98,7 +101,9 @@ def make_trainer(model_path, tmp_path):
         }
         if config_class is E3GRPOConfig:
             settings |= {"num_generations_min": 2, "num_generations_max": 8}
-        return trainer_class(args=config_class(**settings | overrides), **arguments)
+        trainer = trainer_class(args=config_class(**settings | overrides), **arguments)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     return make
 

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3_trl import group_advantages
+from e3_trl.advantages import aggregate_advantages
+
+
+NAN = float("nan")
+
+
+def reference(rewards, group_ids, scale_rewards):
+    """Eq. 2, one completion after another."""
+    scored = [r for r in rewards if r == r]
+    advantages = []
+    for reward, group_id in zip(rewards, group_ids, strict=True):
+        group = [r for r, g in zip(rewards, group_ids, strict=True) if g == group_id and r == r]
+        compared = scored if scale_rewards == "batch" else group
+        if reward != reward or (scale_rewards != "none" and len(compared) < 2):
+            advantages.append(0.0)
+            continue
+        advantage = reward - sum(group) / len(group)
+        if scale_rewards != "none":
+            mean = sum(compared) / len(compared)
+            std = (sum((r - mean) ** 2 for r in compared) / (len(compared) - 1)) ** 0.5
+            advantage /= std + 1e-4
+        advantages.append(advantage)
+    return advantages
+
+
+def test_hand_computed_group():
+    """Rewards 1, 0, 0, 1 of one prompt: mean 1/2, unbiased std sqrt(1/3)."""
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long))
+    expected = 0.5 / (3**-0.5 + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([expected, -expected, -expected, expected]))
+
+
+rewards_and_groups = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.25, 1.0, NAN]), st.integers(0, 5)), min_size=1, max_size=40
+)
+
+
+@given(rewards_and_groups, st.sampled_from(["group", "batch", "none"]))
+def test_any_group_sizes_in_any_order_agree_with_the_definition(rows, scale_rewards):
+    rewards, group_ids = zip(*rows, strict=True)
+    advantages = group_advantages(torch.tensor(rewards), torch.tensor(group_ids), scale_rewards)
+    expected = torch.tensor(reference(rewards, group_ids, scale_rewards))
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(rewards_and_groups, st.randoms())
+def test_rows_may_be_permuted(rows, random):
+    rewards, group_ids = (torch.tensor(column) for column in zip(*rows, strict=True))
+    order = torch.tensor(random.sample(range(len(rows)), len(rows)))
+    permuted = group_advantages(rewards[order], group_ids[order])
+    torch.testing.assert_close(permuted, group_advantages(rewards, group_ids)[order], rtol=1e-4, atol=1e-5)
+
+
+def test_equal_rewards_teach_nothing():
+    advantages = group_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([1, 1, 2, 2, 2]))
+    assert advantages.tolist() == [0.0] * 5
+
+
+def test_functions_are_weighted_before_or_after_normalizing():
+    rewards = torch.tensor([[1.0, 10.0], [0.0, 20.0], [1.0, NAN], [0.0, NAN], [NAN, NAN]])
+    weights, group_ids = torch.tensor([1.0, 0.5]), torch.tensor([0, 0, 1, 1, 1])
+    summed, _ = aggregate_advantages(rewards, weights, group_ids, "none", "sum_then_normalize")
+    # sums 6, 10 | 1, 0, none
+    torch.testing.assert_close(summed, torch.tensor([-2.0, 2.0, 0.5, -0.5, 0.0]))
+    normalized, _ = aggregate_advantages(rewards, weights, group_ids, "none", "normalize_then_sum")
+    # in their groups: (+z, -z) and (-z, +z) with z = sqrt(1/2), so sums z/2, -z/2 | z, -z, none; then over the batch
+    half = 0.5**0.5 / 2
+    expected = torch.tensor([half, -half, 2 * half, -2 * half])
+    expected = expected / (expected.std() + 1e-4)
+    torch.testing.assert_close(normalized, torch.cat([expected, torch.zeros(1)]), rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_scaling_is_refused():
+    with pytest.raises(ValueError, match="scale_rewards"):
+        group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), "median")

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from e3_trl import read_rollouts
+from e3_trl.telemetry import RolloutLog, rollout_counts, rollout_metrics
+
+
+NAN = float("nan")
+
+
+def counts():
+    return rollout_counts(
+        np.array([7, 7, 3, 3, 3, 9, 9]),
+        np.array([1.0, 1.0, 0.0, 0.2, NAN, NAN, NAN]),
+        np.array([5, 6, 1, 2, 3, 4, 4]),
+    )
+
+
+def test_counts_per_prompt_in_order_of_appearance():
+    assert {name: column.tolist() for name, column in counts().items()} == {
+        "prompt_id": [7, 3, 9],
+        "rollouts": [2, 3, 2],
+        "scored": [2, 2, 0],
+        "correct": [2, 0, 0],
+        "tokens": [11, 6, 8],
+    }
+
+
+def test_metrics_leave_out_prompts_that_cannot_be_scored():
+    assert rollout_metrics(counts()) == {
+        "rollouts/min": 2.0,
+        "rollouts/max": 3.0,
+        "rollouts/all_wrong": 0.5,
+        "rollouts/all_correct": 0.5,
+    }
+    unscorable = rollout_counts(np.array([1, 1]), np.array([NAN, NAN]), np.array([1, 1]))
+    assert np.isnan(rollout_metrics(unscorable)["rollouts/all_wrong"])
+
+
+def append(log, step):
+    log.append(step, counts(), np.array([0.5, NAN, 1.0]), 0.9)
+
+
+def test_rows_read_back(tmp_path):
+    log = RolloutLog(tmp_path)
+    append(log, 4)
+    rows = read_rollouts(tmp_path)
+    assert rows == read_rollouts(log.path)
+    assert rows[1] == {
+        "step": 4,
+        "prompt_id": 3,
+        "rollouts": 3,
+        "correct": 0,
+        "tokens": 6,
+        "difficulty": None,
+        "temperature": 0.9,
+    }
+
+
+@pytest.mark.parametrize("cut", [1, 40, 90])
+def test_half_a_row_breaks_neither_reading_nor_resuming(tmp_path, cut):
+    log = RolloutLog(tmp_path)
+    for step in (1, 2, 3):
+        append(log, step)
+    whole = log.path.read_text()
+    log.path.write_text(whole[:-cut])
+    assert read_rollouts(tmp_path) == read_rollouts(tmp_path)[:8]
+    log.resume(step=2)
+    append(log, 3)
+    assert log.path.read_text() == whole
+
+
+def test_a_new_run_keeps_the_rows_of_the_last(tmp_path):
+    log = RolloutLog(tmp_path)
+    append(log, 1)
+    before = log.path.read_text()
+    log.start()
+    append(log, 2)
+    assert (tmp_path / "rollouts.jsonl.old").read_text() == before
+    assert {row["step"] for row in read_rollouts(tmp_path)} == {2}

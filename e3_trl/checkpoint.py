@@ -1,7 +1,8 @@
 """
 The part of a checkpoint that is E3's: JSON and safetensors, never pickle.
 
-- `e3_state.json`: the dataset's fingerprint, the sampler's place, the bounds in force, the temperature schedule, checksums
+- `e3_state.json`: the dataset's fingerprint, the sampler's place, the bounds in force, the temperature schedule,
+  checksums
 - `e3_difficulty.safetensors`: rollouts, rewards and rank in force of each prompt
 - `e3_generation_window_<process>.safetensors`: the completions still to be trained on, if the checkpoint lies inside a
   generation window

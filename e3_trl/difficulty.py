@@ -73,7 +73,13 @@ class DifficultyTracker:
     def rerank(self) -> None:
         """Put new ranks in force. To be called after a full pass over the dataset."""
         mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
-        self.difficulty = pd.Series(mean_reward).rank(ascending=False).to_numpy() / len(mean_reward)
+        # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
+        value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`
+        size = np.bincount(value_P[value_P >= 0], minlength=len(means))
+        easiest_first = np.argsort(-means)
+        rank = np.full(len(means) + 1, np.nan)
+        rank[easiest_first] = np.cumsum(size[easiest_first]) - (size[easiest_first] - 1) / 2
+        self.difficulty = rank[value_P] / len(mean_reward)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays of shape `(num_prompts,)` from which [`DifficultyTracker.load_state_dict`] goes on exactly."""

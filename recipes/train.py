@@ -1,7 +1,7 @@
 """
 Train a model with E3, or with one of its baselines: the recipe decides.
 
-    accelerate launch --config_file accelerate_configs/<hardware>.yaml recipes/train.py --config recipes/<model>/<recipe>.yaml
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py --config recipes/<recipe>.yaml
 
 Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on the command
 line, which wins.

@@ -35,10 +35,8 @@ def sometimes_none_reward(completions, threshold, **kwargs):
     return [None if index % 3 == 0 else reward for index, reward in enumerate(rewards)]
 
 
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory) -> str:
-    """An untied Qwen2 of 20,000 parameters with a character tokenizer."""
-    path = tmp_path_factory.mktemp("model")
+def save_tiny_model(path) -> str:
+    """Write an untied Qwen2 of 20,000 parameters with a character tokenizer to the folder `path`."""
     vocab = {character: index for index, character in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -63,6 +61,11 @@ def model_path(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
 def make_dataset(num_prompts: int = 16) -> Dataset:
     return Dataset.from_dict(
         {
@@ -72,45 +75,46 @@ def make_dataset(num_prompts: int = 16) -> Dataset:
     )
 
 
-@pytest.fixture
-def make_trainer(model_path, tmp_path):
-    """Make a trainer: 4 prompts x 4 rollouts per update on 16 prompts, so 4 steps a pass. Keywords override."""
-
-    def make(trainer_class=E3GRPOTrainer, config_class=E3GRPOConfig, **overrides):
-        arguments = {
-            "model": model_path,
-            "reward_funcs": vowel_reward,
-            "train_dataset": make_dataset(),
-        }
-        arguments |= {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_ARGUMENTS}
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 8,
-            "learning_rate": 1e-2,
-            "max_steps": 12,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "seed": 7,
-        }
-        if config_class is E3GRPOConfig:
-            settings |= {"num_generations_min": 2, "num_generations_max": 8}
-        trainer = trainer_class(args=config_class(**settings | overrides), **arguments)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    return make
-
-
 TRAINER_ARGUMENTS = {
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config",
 }  # fmt: skip
+
+
+def build_trainer(model_path, output_dir, trainer_class=E3GRPOTrainer, config_class=E3GRPOConfig, **overrides):
+    """A trainer of 4 prompts x 4 rollouts per update on 16 prompts, so 4 steps a pass. Keywords override."""
+    arguments = {"model": model_path, "reward_funcs": vowel_reward, "train_dataset": make_dataset()}
+    arguments |= {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_ARGUMENTS}
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "max_steps": 12,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    if config_class is E3GRPOConfig:
+        settings |= {"num_generations_min": 2, "num_generations_max": 8}
+    trainer = trainer_class(args=config_class(**settings | overrides), **arguments)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@pytest.fixture
+def make_trainer(model_path, tmp_path):
+    """[`build_trainer`] on the tiny model, writing to a folder of the test's own."""
+
+    def make(*args, output_dir="run", **overrides):
+        return build_trainer(model_path, tmp_path / output_dir, *args, **overrides)
+
+    return make
 
 
 def logged(trainer, key: str) -> list[float]:

@@ -1,0 +1,97 @@
+"""Each mistake is one error that names the field, its value and the remedy, before a model is loaded."""
+
+import pytest
+from conftest import length_reward, make_dataset, vowel_reward
+from datasets import Dataset
+
+from e3_trl import E3GRPOConfig, E3GRPOTrainer
+
+
+NO_MODEL = "no/such/model"
+
+
+def make_config(tmp_path, **settings):
+    return E3GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations_min": 1}, "num_generations_min is 1.*2 or more"),
+        ({"num_generations_min": 9}, r"num_generations_min is 9, above num_generations \(8\). Lower"),
+        ({"num_generations_max": 7}, r"num_generations_max is 7, below num_generations \(8\). Raise"),
+        ({"num_generations_step": -1}, "num_generations_step is -1. Set"),
+        ({"rollout_allocation": "best"}, "rollout_allocation is 'best'. Set"),
+        ({"temperature_schedule": "cosine"}, "temperature_schedule is 'cosine'. Set"),
+        ({"temperature": 0.0}, "temperature is 0.0.*temperature_schedule to 'constant'"),
+        ({"temperature_max": 0.9}, "temperature is 1.0.*temperature_max 0.9. Set"),
+        ({"temperature_min": 1.1}, "temperature is 1.0, temperature_min 1.1.*Set"),
+        ({"temperature_target_entropy": -1.0}, "target_entropy is -1.0. Set"),
+        ({"temperature_warmup_steps": 0}, "warmup_steps is 0. Set"),
+        ({"annealing_start": 2.0}, "annealing_start is 2.0. Set"),
+        ({"annealing_factor": 1.5}, "annealing_factor is 1.5. Set"),
+        ({"eval_temperature": 0.0}, "eval_temperature is 0.0. Set"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs sets temperature to 0.5.*Set `temperature`"),
+    ],
+)
+def test_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        make_config(tmp_path, **settings)
+
+
+def test_bounds_do_not_matter_to_a_run_without_budgets(tmp_path):
+    make_config(tmp_path, num_generations=2, rollout_allocation="uniform")
+    make_config(tmp_path, temperature_max=0.9, temperature_schedule="constant")
+
+
+def with_column(name, values):
+    return make_dataset(len(values)).add_column(name, values)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "message"),
+    [
+        (make_dataset(7), {}, "train_dataset has 7 prompts, fewer than the 8 .*num_generations 8.*Add prompts"),
+        (
+            make_dataset().to_iterable_dataset(),
+            {"max_steps": 3},
+            "rollout_allocation is 'rank', but train_dataset is a IterableDataset.*'uniform'",
+        ),
+        (
+            make_dataset().to_iterable_dataset(),
+            {"rollout_allocation": "uniform"},
+            "annealing_start is 0.6, but max_steps is -1.*Set max_steps",
+        ),
+        (None, {"max_steps": 3}, "rollout_allocation is 'rank', but train_dataset is a NoneType"),
+        (make_dataset().rename_column("prompt", "question"), {}, r"no column 'prompt'.*\['question', 'threshold'\]"),
+        (make_dataset().remove_columns("threshold"), {}, "'vowel_reward' needs a column 'threshold'.*Add or rename"),
+        (make_dataset(), {"difficulty_column": "level"}, "difficulty_column is 'level', but the dataset has only"),
+        (with_column("level", [0.5] * 15 + [10.0]), {"difficulty_column": "level"}, "'level' holds 10.0. Scale it"),
+        (with_column("level", [-0.5] * 16), {"difficulty_column": "level"}, "'level' holds -0.5. Scale it"),
+        (with_column("level", ["easy"] * 16), {"difficulty_column": "level"}, "'level' does not hold numbers.*Scale"),
+        (
+            make_dataset(),
+            {"difficulty_reward_func": "accuracy"},
+            r"difficulty_reward_func is 'accuracy', which is none of.*\['vowel_reward'\]. Set",
+        ),
+    ],
+)
+def test_data(tmp_path, dataset, settings, message):
+    config = make_config(tmp_path, per_device_train_batch_size=64, **settings)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        E3GRPOTrainer(NO_MODEL, vowel_reward, config, dataset)
+
+
+def test_evaluation_data_are_checked_too(tmp_path):
+    config = make_config(tmp_path, per_device_train_batch_size=64)
+    with pytest.raises(ValueError, match="'vowel_reward' needs a column 'threshold'"):
+        E3GRPOTrainer(
+            NO_MODEL, [length_reward, vowel_reward], config, make_dataset(),
+            eval_dataset={"hard": make_dataset().remove_columns("threshold")},
+        )  # fmt: skip
+
+
+def test_an_unknown_starting_difficulty_is_null(make_trainer):
+    dataset = Dataset.from_dict(make_dataset().to_dict() | {"level": [None, 0.0, 1.0] + [None] * 13})
+    trainer = make_trainer(train_dataset=dataset, difficulty_column="level")
+    assert trainer.difficulty_tracker.difficulty[1] < trainer.difficulty_tracker.difficulty[2]

@@ -1,0 +1,196 @@
+"""A run that is killed and resumed goes on number for number."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logged, make_dataset
+from safetensors.numpy import load_file
+from trl import GRPOConfig, GRPOTrainer
+
+from e3_trl.checkpoint import load_window, save_window
+
+
+MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+WINDOW = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
+
+
+def kill(model_path, output_dir, **settings):
+    command = [
+        sys.executable,
+        "killed_run.py",
+        json.dumps({"model_path": model_path, "output_dir": str(output_dir)} | settings),
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def assert_same_run(resumed, whole):
+    histories = [
+        [{key: value for key, value in entry.items() if key not in MEASURED_TIMES} for entry in run.state.log_history]
+        for run in (resumed, whole)
+    ]
+    # The last entry is the summary, whose mean loss counts only the steps since the checkpoint.
+    assert histories[0][:-1] == histories[1][:-1]
+    assert len(logged(resumed, "temperature")) == whole.state.max_steps
+    rollouts = [(Path(run.args.output_dir) / "rollouts.jsonl").read_text() for run in (resumed, whole)]
+    assert rollouts[0] == rollouts[1]
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "settings"),
+    [
+        (3, {}),  # in the first pass
+        (5, {}),  # right after a pass, from the checkpoint at its end: ranks are made anew
+        (11, {}),  # in a later pass
+        (7, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}),
+        (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
+        # inside a generation window that spans several optimizer steps
+        (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),
+        (31, {**WINDOW, "max_steps": 40, "save_steps": 2}),
+        (14, {"num_iterations": 3, "save_steps": 1, "max_steps": 30, "beta": 0.1}),
+    ],
+    ids=str,
+)
+def test_a_killed_run_goes_on_number_for_number(make_trainer, model_path, tmp_path, kill_at, settings):
+    settings = {"save_strategy": "steps", "save_steps": 2, **settings}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    kill(model_path, tmp_path / "killed", kill_at=kill_at, **settings)
+    resumed = make_trainer(output_dir="killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    first = kill_at - (kill_at - 1) % settings["save_steps"]
+    assert resumed.state.log_history[first - 1]["step"] == first
+    assert len({row["temperature"] for row in rows(whole)}) > 2
+    assert_same_run(resumed, whole)
+
+
+def rows(trainer):
+    return [json.loads(line) for line in (Path(trainer.args.output_dir) / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, model_path, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    kill(model_path, tmp_path / "killed", kill_at=6, while_saving=True, **settings)
+    assert (tmp_path / "killed" / "checkpoint-6" / "e3_state.json").exists()
+    resumed = make_trainer(output_dir="killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+@pytest.fixture
+def checkpoint(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=6, max_steps=6)
+    trainer.train()
+    return Path(trainer.args.output_dir) / "checkpoint-6"
+
+
+def test_state_is_json_and_safetensors(checkpoint):
+    state = json.loads((checkpoint / "e3_state.json").read_text())["state"]
+    assert state["sampler"] == {"pass": 1, "position": 2, "num_generations_min": 2, "num_generations_max": 6}
+    assert state["dataset"]["num_prompts"] == 16
+    assert state["temperature_schedule"]["step_count"] == 6
+    assert state["temperature_schedule"]["initial_entropy"] > 0
+    assert load_file(checkpoint / "e3_difficulty.safetensors")["num_rollouts"].sum() == 6 * 16
+
+
+def test_the_ranks_in_force_are_restored_not_made_anew(make_trainer, checkpoint):
+    """Two steps into a pass the counts have moved on, the ranks have not."""
+    saved = load_file(checkpoint / "e3_difficulty.safetensors")
+    trainer = make_trainer(max_steps=7)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    tracker = trainer.difficulty_tracker
+    assert tracker.difficulty.tolist() == saved["difficulty"].tolist()
+    tracker.rerank()
+    assert tracker.difficulty.tolist() != saved["difficulty"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (make_dataset(20), "num_prompts is 16, this run's 20"),
+        (make_dataset().select(range(15, -1, -1)), "fingerprint"),
+    ],
+    ids=["length", "order"],
+)
+def test_another_dataset_is_refused(make_trainer, checkpoint, dataset, message):
+    trainer = make_trainer(train_dataset=dataset)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def change_a_number(path):
+    path.write_text(path.read_text().replace('"step_count": 6', '"step_count": 7'))
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("e3_state.json", cut),
+        ("e3_state.json", change_a_number),
+        ("e3_state.json", lambda path: path.write_text("[]")),
+        ("e3_difficulty.safetensors", cut),
+        ("e3_difficulty.safetensors", flip_a_bit),
+        ("e3_difficulty.safetensors", os.remove),
+    ],
+)
+def test_a_damaged_file_is_named(make_trainer, checkpoint, name, damage):
+    damage(checkpoint / name)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        make_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_damaged_window_is_named(tmp_path):
+    save_window(tmp_path, 0, [{"advantages": torch.ones(3), "num_images": [1, 2], "nothing": None}])
+    assert load_window(tmp_path, 0, "cpu") == [{"advantages": pytest.approx(torch.ones(3)), "num_images": [1, 2]}]
+    assert load_window(tmp_path, 1, "cpu") is None
+    cut(tmp_path / "e3_generation_window_0.safetensors")
+    with pytest.raises(ValueError, match=r"e3_generation_window_0.safetensors is damaged"):
+        load_window(tmp_path, 0, "cpu")
+
+
+def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplog):
+    grpo = make_trainer(GRPOTrainer, GRPOConfig, save_strategy="steps", save_steps=6, max_steps=6)
+    grpo.train()
+    trainer = make_trainer(max_steps=9)
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=f"{grpo.args.output_dir}/checkpoint-6")
+    assert "holds no E3 state" in caplog.text
+    assert trainer.state.global_step == 9
+    assert trainer._temperature_schedule.step_count == 9, "annealing keeps the run's own count"
+    assert trainer._train_sampler.epoch == 2
+
+
+def test_resuming_without_a_checkpoint_says_so(make_trainer):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_in_the_same_folder_keeps_the_old_rollouts(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    old = (folder / "rollouts.jsonl").read_text()
+    make_trainer(max_steps=1).train()
+    assert (folder / "rollouts.jsonl.old").read_text() == old
+    shutil.rmtree(folder)

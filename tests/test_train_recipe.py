@@ -1,0 +1,101 @@
+"""recipes/train.py as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_dataset
+from transformers import AutoModelForCausalLM
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(model_path, tmp_path):
+    """Write a recipe with these settings and return the command that trains it."""
+    make_dataset().to_json(tmp_path / "train.jsonl")
+    make_dataset().to_parquet(tmp_path / "train.parquet")
+
+    def write(**settings):
+        fields = {
+            "model_name_or_path": model_path,
+            "dtype": "float32",
+            "dataset_name": str(tmp_path / "train.jsonl"),
+            "reward_funcs": ["tests.conftest.vowel_reward"],
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "max_completion_length": 8,
+            "max_steps": 6,
+            "num_generations": 4,
+            "num_generations_max": 8,
+            "num_generations_min": 2,
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 16,
+            "report_to": "none",
+            "use_cpu": True,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(fields | settings))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+        return [*launch, "recipes/train.py", "--config", str(path)]
+
+    return write
+
+
+def run(command, *arguments):
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def history(tmp_path):
+    return json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_trains_saves_and_resumes(recipe, tmp_path):
+    command = recipe(save_strategy="steps", save_steps=2)
+    done = run(command, "--max_steps", "4", "--annealing_start", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert len(history(tmp_path)) == 5
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 16
+    done = run(command, "--resume_from_checkpoint", "true")
+    assert done.returncode == 0, done.stderr
+    assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_trains_lora_on_parquet_with_evaluation(recipe, tmp_path):
+    command = recipe(
+        dataset_name=str(tmp_path / "train.parquet"),
+        dataset_test_split="train",
+        eval_steps=3,
+        eval_strategy="steps",
+        lora_r=4,
+        per_device_eval_batch_size=16,
+        use_peft=True,
+    )
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert [entry["step"] for entry in history(tmp_path) if "eval_reward" in entry] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generation": 4}, "num_generation"),
+        ({"reward_funcs": ["tests.conftest.no_such_reward"]}, "reward_funcs names 'tests.conftest.no_such_reward'"),
+        ({"reward_funcs": ["vowels"]}, "reward_funcs names 'vowels'"),
+        ({"dataset_name": "no_such_file.parquet"}, "dataset_name is 'no_such_file.parquet'"),
+        ({"num_generations_min": 5}, "num_generations_min is 5"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_recipe_is_named(recipe, settings, message):
+    done = run(recipe(**settings))
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Loading weights" not in done.stderr

@@ -1,0 +1,118 @@
+"""
+What e3_trl hooks in TRL, transformers and accelerate. None of them promises to keep it, so an upgrade has to fail here,
+by name, and not in somebody's training run.
+"""
+
+import inspect
+
+import pytest
+import trl
+from accelerate.data_loader import DataLoaderShard
+from transformers import Trainer
+from trl import GRPOTrainer
+from trl.trainer import utils
+
+from e3_trl import E3GRPOTrainer
+
+
+def test_version_is_the_tested_one():
+    assert trl.__version__.startswith("1.16."), "Run the whole suite with the new version, then widen setup.cfg."
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
+        (
+            GRPOTrainer._calculate_rewards,
+            ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+        ),
+        (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
+        (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
+        (GRPOTrainer._save_checkpoint, ["self", "model", "trial"]),
+        (GRPOTrainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
+        (GRPOTrainer._set_signature_columns_if_needed, ["self"]),
+        (Trainer.train, ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        (Trainer._get_output_dir, ["self", "trial"]),
+        (DataLoaderShard.set_epoch, ["self", "epoch"]),
+        (
+            utils.RepeatSampler.__init__,
+            ["self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
+        ),
+        (utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
+        (utils.nanstd, ["tensor", "dim", "keepdim"]),
+        (utils.get_callable_name, None),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_signature(function, parameters):
+    if parameters is not None:
+        assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_the_first_arguments_keep_their_places():
+    """They may be passed by position."""
+    mine = list(inspect.signature(E3GRPOTrainer.__init__).parameters)[:-1]
+    assert list(inspect.signature(GRPOTrainer.__init__).parameters)[: len(mine)] == mine
+
+
+def test_the_fused_head_reads_the_temperature_from_its_closure():
+    code = next(
+        constant
+        for constant in utils.add_fused_lm_head.__code__.co_consts
+        if getattr(constant, "co_name", "") == "_fused_forward"
+    )
+    assert "temperature" in code.co_freevars
+
+
+def test_every_override_calls_super():
+    for name, member in vars(E3GRPOTrainer).items():
+        if inspect.isfunction(member) and hasattr(GRPOTrainer, name):
+            assert f"super().{name}(" in inspect.getsource(member), name
+
+
+def test_class_docstring_lists_every_override():
+    for name, member in vars(E3GRPOTrainer).items():
+        if inspect.isfunction(member) and hasattr(GRPOTrainer, name):
+            assert f"`{name}`" in E3GRPOTrainer.__doc__, name
+
+
+HOOKED_ATTRIBUTES = {
+    "_buffered_inputs", "_logs", "_metrics", "_step", "generation_config", "generation_kwargs",
+    "multi_objective_aggregation", "num_generations", "num_iterations", "ref_model", "reward_func_names",
+    "reward_weights", "scale_rewards", "state", "use_vllm",
+}  # fmt: skip
+
+
+def test_attributes(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    for name in HOOKED_ATTRIBUTES:
+        assert hasattr(trainer, name), name
+    trainer.train()
+    assert trainer._step == 1
+    assert isinstance(trainer._buffered_inputs, list)
+    assert set(trainer._buffered_inputs[0]) >= {"advantages", "completion_mask", "completion_ids", "prompt_ids"}
+    assert trainer._logs["advantages"].maxlen == 16, "the right advantages push TRL's out"
+
+
+def test_rewards_come_gathered_one_column_per_function(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert trainer._scored[0].shape == (16, 1)
+
+
+def test_metrics_of_the_batch_are_the_last_entries(make_trainer):
+    trainer = make_trainer(max_steps=3, logging_steps=3)
+    trainer._metrics["train"].clear()
+    seen = []
+    compute_loss = trainer._compute_loss
+
+    def spy(model, inputs):
+        loss = compute_loss(model, inputs)
+        metrics = trainer._metrics["train"]
+        seen.append((len(metrics["entropy"]), len(metrics["frac_reward_zero_std"])))
+        return loss
+
+    trainer._compute_loss = spy
+    trainer.train()
+    assert seen == [(1, 1), (2, 2), (3, 3)]

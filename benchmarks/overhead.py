@@ -97,13 +97,9 @@ if __name__ == "__main__":
     tracker.num_rollouts[:] = rng.integers(8, 37, 1_000_000)
     tracker.reward_sum[:] = rng.binomial(tracker.num_rollouts, 0.5)
     print("                                        median (fastest - slowest)")
-    print(
-        "budgets of 4,096 prompts           {:8.3f} ms ({:.3f} - {:.3f})".format(
-            *times(lambda: allocate_rollouts(difficulty, 8, 4, 12), 200)
-        )
-    )
-    print("ranks of 1,000,000 prompts         {:8.1f} ms ({:.1f} - {:.1f})".format(*times(tracker.rerank, 20)))
+    budget = times(lambda: allocate_rollouts(difficulty, 8, 4, 12), repeats=200)
+    print("budgets of 4,096 prompts           {:8.3f} ms ({:.3f} - {:.3f})".format(*budget))
+    print("ranks of 1,000,000 prompts         {:8.1f} ms ({:.1f} - {:.1f})".format(*times(tracker.rerank, repeats=20)))
     shares = [100 * share for share in step_shares(40)]
-    print(
-        f"E3's share of a step of 512 rows   {statistics.median(shares):8.2f} %  ({min(shares):.2f} - {max(shares):.2f})"
-    )
+    spread = f"({min(shares):.2f} - {max(shares):.2f})"
+    print(f"E3's share of a step of 512 rows   {statistics.median(shares):8.2f} %  {spread}")

@@ -1,6 +1,6 @@
 """
-What e3_trl hooks in TRL, transformers and accelerate. None of them promises to keep it, so an upgrade has to fail here,
-by name, and not in somebody's training run.
+What e3_trl hooks in TRL, transformers and accelerate. None of them promises to keep it, so an upgrade has to fail
+here, by name, and not in a training run.
 """
 
 import inspect

@@ -36,6 +36,12 @@ class E3GRPOConfig(GRPOConfig):
             Name of the reward function whose reward is the correctness signal: it makes up a prompt's difficulty, and
             a rollout counts as correct above 0.5. If `None`, the first reward function.
 
+        > Parameters that control generation with vLLM
+
+        vllm_request_seeds (`bool`, *optional*, defaults to `True`):
+            Whether every completion of a colocated vLLM is drawn with a seed of its own, made from `seed`, the
+            generation batch, the prompt and the copy. Without it, a resumed run draws other completions.
+
         > Parameters that control the temperature schedule
 
         temperature_schedule (`str`, *optional*, defaults to `"entropy"`):
@@ -87,6 +93,15 @@ class E3GRPOConfig(GRPOConfig):
         metadata={
             "help": "Name of the reward function whose reward is the correctness signal that makes up a prompt's "
             "difficulty. If None, the first reward function."
+        },
+    )
+
+    # Parameters that control generation with vLLM
+    vllm_request_seeds: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether every completion of a colocated vLLM is drawn with a seed of its own, made from `seed`, "
+            "the generation batch, the prompt and the copy. Without it, a resumed run draws other completions."
         },
     )
 

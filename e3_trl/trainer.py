@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .config import E3GRPOConfig
 from .difficulty import DifficultyTracker
+from .generation import RolloutGeneration, request_seeds
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
 from .temperature import EntropyWindow
@@ -136,6 +137,8 @@ class E3GRPOTrainer(GRPOTrainer):
         self._temperature_cells = [
             _temperature_cell(model) for model in (self.model, self.ref_model) if model is not None
         ]
+        if self.use_vllm:
+            RolloutGeneration.adopt(self.vllm_generation)
         self._difficulty_reward_index = (
             0 if args.difficulty_reward_func is None else self.reward_func_names.index(args.difficulty_reward_func)
         )
@@ -211,6 +214,11 @@ class E3GRPOTrainer(GRPOTrainer):
         device = self.accelerator.device
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
         inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
+        if self.use_vllm and self.args.vllm_request_seeds:
+            seeds = request_seeds(self.args.seed, self._num_generation_batches, prompt_ids.cpu().numpy())
+            group_size = self.vllm_tensor_parallel_size * len(inputs)  # ranks that share an engine share its rows
+            first = self.accelerator.process_index // self.vllm_tensor_parallel_size * group_size
+            self.vllm_generation.seeds = seeds[first : first + group_size]
         output = super()._generate_and_score_completions(inputs)
 
         # TRL compares rows of `num_generations`; a group here has its prompt's own number of completions.

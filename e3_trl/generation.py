@@ -1,0 +1,100 @@
+"""vLLM for groups of different sizes: TRL's [`~trl.generation.vllm_generation.VLLMGeneration`] and what E3 needs more."""
+
+from itertools import groupby
+
+import numpy as np
+from trl.generation.vllm_generation import VLLMGeneration
+
+
+def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int]:
+    """
+    Sampling seeds that depend on nothing but the run's seed, the generation batch, the prompt and the copy, so that a
+    resumed or repeated run draws the same completions on any number of ranks.
+
+    Args:
+        run_seed (`int`): the run's seed.
+        batch (`int`): number of the generation batch in the run.
+        prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all ranks.
+
+    Returns:
+        `list[int]`: one seed per row. Those of a prompt's copies are consecutive, as vLLM counts them within a request.
+
+    Example:
+
+    ```python
+    >>> seeds = request_seeds(run_seed=42, batch=0, prompt_ids=[7, 7, 3, 7])
+    >>> seeds[1] - seeds[0], seeds[3] - seeds[1]
+    (1, 1)
+
+    ```
+    """
+    next_seed: dict[int, int] = {}
+    seeds = []
+    for prompt in np.asarray(prompt_ids).tolist():
+        if prompt not in next_seed:
+            next_seed[prompt] = int(np.random.SeedSequence([run_seed, batch, prompt]).generate_state(1)[0])
+        seeds.append(next_seed[prompt])
+        next_seed[prompt] += 1
+    return seeds
+
+
+class RolloutGeneration(VLLMGeneration):
+    """
+    [`~trl.generation.vllm_generation.VLLMGeneration`] for any number of completions per prompt.
+
+    - Colocated, neighbouring rows with the same prompt become one request that asks for that many completions: one
+      engine call per batch, in which each prompt is prefilled once. TRL sends each row as a request.
+    - With a server, each row is a request. TRL takes every `num_generations`-th prompt, which gives the prompts of
+      groups of other sizes each other's completions.
+    - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there.
+
+    Attributes:
+        seeds (`list[int]`, *optional*):
+            Sampling seed of each row of this process's engine in the next call. `None` = the engine's own.
+    """
+
+    seeds: list[int] | None = None
+
+    @classmethod
+    def adopt(cls, generation: VLLMGeneration) -> "RolloutGeneration":
+        """Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it."""
+        generation.__class__ = cls
+        if generation.mode == "colocate":
+            if generation.accelerator.device.type == "cpu" and generation.model.config.tie_word_embeddings:
+                raise ValueError(
+                    "The model has tie_word_embeddings set, and use_vllm is on with a CPU: vLLM's reload leaves the "
+                    "tied LM head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
+                )
+            # Below TRL, which flattens the completions of each request itself.
+            generation._llm_generate = generation.llm.generate
+            generation.llm.generate = generation._generate_merged
+        return generation
+
+    def _generate_merged(self, prompts, sampling_params, **kwargs):
+        seeds = self.seeds or [None] * len(prompts)
+        rows = range(len(prompts))
+
+        def request(row: int):
+            # Rows share a request if they share the prompt and, where they have any, count their seeds on.
+            offset = None if seeds[row] is None else seeds[row] - row
+            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset
+
+        merged_prompts, merged_params = [], []
+        for _, group in groupby(rows, key=request):
+            first, *copies = group
+            params = sampling_params.clone()
+            params.n, params.seed = 1 + len(copies), seeds[first]
+            merged_prompts.append(prompts[first])
+            merged_params.append(params)
+        return self._llm_generate(merged_prompts, sampling_params=merged_params, **kwargs)
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        return super().generate(prompts, images, 1 if self.mode == "server" else num_generations, profiler)
+
+    def sync_weights(self):
+        if self.mode == "colocate" and self.accelerator.device.type == "cpu":
+            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+            runner.reload_weights(weights_iterator=self._iter_named_params())
+            self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()

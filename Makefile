@@ -33,3 +33,17 @@ quality: install
 
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py
+
+# One thread: on a model this small a second one brings little, and the numbers are the same on any number of cores.
+quickstart quickstart-compare: export OMP_NUM_THREADS := 1
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train.py
+
+quickstart: install
+	$(BIN)/python -m recipes.quickstart.prepare
+	$(LAUNCH) --config recipes/quickstart/config_e3.yaml --seed $(SEED) --output_dir $(RUN)
+	$(BIN)/python -m recipes.quickstart.report $(RUN)
+
+# The same with plain GRPO, beside the E3 run of the same seed.
+quickstart-compare: quickstart
+	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml --seed $(SEED) --output_dir $(RUN)-grpo
+	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo

@@ -52,11 +52,8 @@ def count_correct(folder: Path, problems: list[dict]) -> list[int]:
 
 
 def evaluate(folder: Path, problems: list[dict]) -> dict:
-    """pass@1 and pass@16 per level and overall. A model that was evaluated before is not evaluated again."""
-    cache, weights = folder / "held_out.json", folder / "model.safetensors"
-    if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
-        write_json(cache, count_correct(folder, problems))
-    correct = json.loads(cache.read_text())
+    """pass@1 and pass@16 per level and overall."""
+    correct = count_correct(folder, problems)
     result = {}
     for k in (1, NUM_SAMPLES):
         values = defaultdict(list)
@@ -92,8 +89,11 @@ def draw(runs: dict[str, Path], folder: Path) -> None:
     for name, run in runs.items():
         log = json.loads((run / "trainer_state.json").read_text())["log_history"]
         histories[name] = [entry for entry in log if "loss" in entry]
-    last = list(histories.values())[0][-1]
-    steps, passes = last["step"], round(last["epoch"])
+    last = next(iter(histories.values()))[-1]
+    steps_per_pass = round(last["step"] / last["epoch"])
+    targets = [entry for entry in next(iter(histories.values())) if "target_entropy" in entry]
+    falling = (entry["step"] for entry in targets if entry["target_entropy"] < targets[0]["target_entropy"])
+    annealing = next(falling, None)
     figures = {
         "entropy": ("entropy", "mean token entropy (nats)"),
         "temperature": ("temperature", "sampling temperature"),
@@ -111,14 +111,15 @@ def draw(runs: dict[str, Path], folder: Path) -> None:
             if key == "entropy" and "target_entropy" in history[0]:
                 target = [entry["target_entropy"] for entry in history]
                 axes.plot([entry["step"] for entry in history], target, "k--", linewidth=1, label=f"target of {name}")
-        for index in range(1, passes):
-            axes.axvline(index * steps / passes, color="grey", linewidth=0.8, linestyle=":")
-        axes.axvline(int(0.6 * steps), color="red", linewidth=0.8, label="annealing begins")
+        for step in range(steps_per_pass, last["step"], steps_per_pass):
+            axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+        if annealing is not None:
+            axes.axvline(annealing, color="red", linewidth=0.8, label="annealing begins")
         axes.set(xlabel="step (dotted: a new pass over the data)", ylabel=label)
         axes.legend()
         figure.savefig(folder / f"{file_name}.png", dpi=120)
         plt.close(figure)
-    draw_budgets(next(iter(runs.values())), steps // passes, folder / "budgets.png")
+    draw_budgets(next(iter(runs.values())), steps_per_pass, folder / "budgets.png")
 
 
 def draw_budgets(run: Path, steps_per_pass: int, path: Path) -> None:
@@ -126,12 +127,13 @@ def draw_budgets(run: Path, steps_per_pass: int, path: Path) -> None:
     by_pass = defaultdict(list)
     for row in read_rollouts(run):
         by_pass[(row["step"] - 1) // steps_per_pass].append(row)
-    figure, panels = plt.subplots(1, len(by_pass), figsize=(3 * len(by_pass), 3.4), sharey=True, layout="constrained")
-    for (index, rows), axes in zip(sorted(by_pass.items()), panels, strict=True):
+    size = (3 * len(by_pass), 3.4)
+    figure, panels = plt.subplots(1, len(by_pass), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for (index, rows), axes in zip(sorted(by_pass.items()), panels[0], strict=True):
         difficulty = [0.5 if row["difficulty"] is None else row["difficulty"] for row in rows]
         axes.scatter(difficulty, [row["rollouts"] for row in rows], s=8, alpha=0.4)
         axes.set(title=f"pass {index + 1}", xlim=(0, 1.02), xlabel="not ranked yet" if index == 0 else "difficulty k")
-    panels[0].set(ylabel="rollouts of a prompt", ylim=(0, None))
+    panels[0, 0].set(ylabel="rollouts of a prompt", ylim=(0, None))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -9,6 +9,9 @@ CHARACTERS = "0123456789+= "
 
 def make_prompts(level: int, count: int, rng: random.Random, exclude: set[str] = frozenset()) -> list[str]:
     """`count` distinct prompts of `level` digits such as `"4+7+5="`, none of them in `exclude`."""
+    excluded = sum(prompt.count("+") == level - 1 for prompt in exclude)
+    if count > 10**level - excluded:
+        raise ValueError(f"There are no {count} distinct prompts of {level} digits beside the {excluded} excluded.")
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         prompt = "+".join(rng.choices("0123456789", k=level)) + "="

@@ -1,8 +1,10 @@
-"""The TrainerCallback that drives the temperature schedule."""
+"""TrainerCallbacks: the temperature schedule, and the checks that need a tokenizer but no engine."""
 
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from .temperature import TemperatureSchedule
+from .validation import check_colocated_vllm
 
 
 class TemperatureCallback(TrainerCallback):
@@ -36,3 +38,35 @@ class TemperatureCallback(TrainerCallback):
             window.reset()
         if self.schedule.target_entropy is not None:
             self.trainer._metrics["train"]["target_entropy"].append(self.schedule.target_entropy)
+
+
+class EngineCheckCallback(TrainerCallback):
+    """
+    Checks what a colocated vLLM is asked to hold, at the one place where the trainer has its model and tokenizer and
+    has not started the engine.
+
+    Args:
+        trainer ([`E3GRPOTrainer`]): the trainer, as yet half built.
+        datasets (`list`): what it trains and evaluates on.
+
+    Raises:
+        `ValueError`: see [`~e3_trl.validation.check_colocated_vllm`].
+    """
+
+    def __init__(self, trainer, datasets: list):
+        self.trainer = trainer
+        self.datasets = datasets
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if not (args.use_vllm and args.vllm_mode == "colocate"):
+            return
+        trainer = self.trainer
+        longest = 0
+        # Image and environment prompts get their final length later.
+        if not trainer._is_vlm and trainer.environment_factories is None:
+            for dataset in filter(lambda dataset: isinstance(dataset, Dataset), self.datasets):
+                share = dataset.shard(args.world_size, args.process_index)
+                for batch in share.iter(batch_size=1000):
+                    longest = max(longest, *(len(ids) for ids in trainer._tokenize_prompts(batch["prompt"])[0]))
+        config = trainer.model.config
+        check_colocated_vllm(args, config.tie_word_embeddings, trainer.accelerator.device.type, longest)

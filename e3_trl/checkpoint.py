@@ -60,6 +60,42 @@ def save_state(folder: str | Path, state: dict, difficulty: dict[str, np.ndarray
     _write(folder / STATE_FILE, _encode({"state": state, "sha256": sha256}))
 
 
+def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> bool:
+    """
+    Whether the checkpoint is resumed by another number of processes than saved it, from DeepSpeed's universal format.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint. One without E3 state is left to TRL.
+        num_processes (`int`): processes of the run that goes on.
+        deepspeed (`bool`): whether DeepSpeed is used, which saves the optimizer in one piece per process.
+
+    Raises:
+        `ValueError`: if these processes cannot resume it; it says how they can.
+    """
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())["state"]
+        saved, window_step = state["num_processes"], state["window_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # missing, or damaged, which `load_state` says
+    if saved == num_processes:
+        return False
+    if window_step != 0:
+        raise ValueError(
+            f"{folder} lies inside a generation window, whose completions {saved} processes hold; this run has "
+            f"{num_processes}. Resume with {saved} processes, or from a checkpoint whose step is a multiple of the "
+            "optimizer steps of a generation batch."
+        )
+    if deepspeed and not (folder / "latest_universal").exists():
+        tag = folder / f"global_step{folder.name.split('-')[-1]}"
+        raise ValueError(
+            f"{folder} was saved by {saved} processes with DeepSpeed; this run has {num_processes}. Convert it with "
+            f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal`, "
+            "then run the same command again."
+        )
+    return deepspeed
+
+
 def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.ndarray]] | None:
     """
     Read what [`save_state`] wrote.

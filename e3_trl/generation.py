@@ -3,7 +3,21 @@
 from itertools import groupby
 
 import numpy as np
+import requests
+from accelerate.utils import broadcast_object_list
 from trl.generation.vllm_generation import VLLMGeneration
+
+
+class VLLMServerError(ConnectionError):
+    """The vLLM server of a run in server mode does not answer; raised on all ranks together."""
+
+    def __init__(self, url: str, model: str, reason: str):
+        super().__init__(
+            f"The vLLM server at {url} (vllm_server_base_url, or vllm_server_host and vllm_server_port) does not "
+            f"answer ({reason}). Start it with `VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode "
+            'processed_logprobs --weight-transfer-config \'{"backend": "nccl"}\'`, then run the same command again, '
+            "with resume_from_checkpoint set to true if it had saved a checkpoint."
+        )
 
 
 def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int]:
@@ -45,7 +59,8 @@ class RolloutGeneration(VLLMGeneration):
     - Colocated, neighbouring rows with the same prompt become one request that asks for that many completions: one
       engine call per batch, in which each prompt is prefilled once. TRL sends each row as a request.
     - With a server, each row is a request. TRL takes every `num_generations`-th prompt, which gives the prompts of
-      groups of other sizes each other's completions.
+      groups of other sizes each other's completions. If the server is gone, all ranks get a [`VLLMServerError`] at
+      the same place; TRL's error reaches the main process alone, while the others wait for it.
     - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there.
 
     Attributes:
@@ -54,17 +69,17 @@ class RolloutGeneration(VLLMGeneration):
     """
 
     seeds: list[int] | None = None
+    _server_error: str | None = None
 
     @classmethod
     def adopt(cls, generation: VLLMGeneration) -> "RolloutGeneration":
         """Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it."""
         generation.__class__ = cls
-        if generation.mode == "colocate":
-            if generation.accelerator.device.type == "cpu" and generation.model.config.tie_word_embeddings:
-                raise ValueError(
-                    "The model has tie_word_embeddings set, and use_vllm is on with a CPU: vLLM's reload leaves the "
-                    "tied LM head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
-                )
+        if generation.mode == "server":
+            if generation.accelerator.is_main_process:
+                generation._client_generate = generation.vllm_client.generate
+                generation.vllm_client.generate = generation._generate_or_nothing
+        else:
             # Below TRL, which flattens the completions of each request itself.
             generation._llm_generate = generation.llm.generate
             generation.llm.generate = generation._generate_merged
@@ -88,10 +103,37 @@ class RolloutGeneration(VLLMGeneration):
             merged_params.append(params)
         return self._llm_generate(merged_prompts, sampling_params=merged_params, **kwargs)
 
+    def _generate_or_nothing(self, **kwargs):
+        # TRL hands the main process's answer to all ranks, so an empty one tells them all.
+        try:
+            return self._client_generate(**kwargs)
+        except requests.RequestException as error:
+            self._server_error = str(error)
+            return {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+
+    def _raise_server_error(self):
+        url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+        raise VLLMServerError(url, self.model.config._name_or_path, self._server_error or "seen on the main process")
+
     def generate(self, prompts, images, num_generations, profiler=None):
-        return super().generate(prompts, images, 1 if self.mode == "server" else num_generations, profiler)
+        if self.mode == "colocate":
+            return super().generate(prompts, images, num_generations, profiler)
+        output = super().generate(prompts, images, 1, profiler)
+        if len(output[1]) != len(prompts):
+            self._raise_server_error()
+        return output
 
     def sync_weights(self):
+        if self.mode == "server":
+            # A server that is gone would leave the other ranks waiting inside the transfer.
+            if self.accelerator.is_main_process:
+                try:
+                    requests.get(f"{self.vllm_client.base_url}/health", timeout=60).raise_for_status()
+                except requests.RequestException as error:
+                    self._server_error = str(error)
+            (self._server_error,) = broadcast_object_list([self._server_error])
+            if self._server_error is not None:
+                self._raise_server_error()
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.reload_weights(weights_iterator=self._iter_named_params())

@@ -3,6 +3,7 @@
 import inspect
 import os
 import textwrap
+from copy import deepcopy
 from dataclasses import asdict
 from types import CellType
 
@@ -17,9 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from .advantages import aggregate_advantages
-from .callbacks import TemperatureCallback
+from .callbacks import EngineCheckCallback, TemperatureCallback
 from .checkpoint import (
     dataset_fingerprint,
+    is_resharded,
     last_complete_checkpoint,
     load_state,
     load_window,
@@ -28,7 +30,7 @@ from .checkpoint import (
 )
 from .config import E3GRPOConfig
 from .difficulty import DifficultyTracker
-from .generation import RolloutGeneration, request_seeds
+from .generation import RolloutGeneration, VLLMServerError, request_seeds
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
 from .temperature import EntropyWindow
@@ -54,7 +56,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | hook | why |
     |---|---|
     | `__init__` | check the data before a model is loaded, give every prompt an id, find the temperature's places |
-    | `train` | begin `rollouts.jsonl`; resume from the last checkpoint that is complete |
+    | `train` | begin `rollouts.jsonl`; resume from the last complete checkpoint; save if the vLLM server is lost |
     | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
     | `_set_signature_columns_if_needed` | keep the prompt's id under `remove_unused_columns` |
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
@@ -131,6 +133,11 @@ class E3GRPOTrainer(GRPOTrainer):
             train_dataset = train_dataset.add_column(PROMPT_ID, np.arange(len(train_dataset)))
         self.entropy_window = EntropyWindow()
         self._num_generation_batches = 0
+        self._inside_optimizer_step = False
+        kwargs["callbacks"] = [
+            *(kwargs.get("callbacks") or []),
+            EngineCheckCallback(self, [train_dataset, *eval_list]),
+        ]
 
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
 
@@ -179,9 +186,19 @@ class E3GRPOTrainer(GRPOTrainer):
                     f"resume_from_checkpoint is True, but {self.args.output_dir} (output_dir) holds no complete "
                     "checkpoint. Unset it to start a new run."
                 )
-        if not resume_from_checkpoint and self.accelerator.is_main_process:
+        if resume_from_checkpoint:
+            deepspeed = self.accelerator.state.deepspeed_plugin
+            if is_resharded(resume_from_checkpoint, self.accelerator.num_processes, deepspeed is not None):
+                deepspeed.deepspeed_config["checkpoint"] = {"load_universal": True}
+        elif self.accelerator.is_main_process:
             self._rollout_log.start()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except VLLMServerError:
+            # Between two optimizer steps the run can go on from where it stands, whenever it last saved.
+            if self.state.global_step > 0 and not self._inside_optimizer_step:
+                self._save_checkpoint(self.model, trial=None)
+            raise
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -246,6 +263,7 @@ class E3GRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
+        self._inside_optimizer_step = not self.accelerator.sync_gradients
         if self.accelerator.sync_gradients:
             metrics["temperature"].append(self.temperature)
         if self.model.training and self._temperature_schedule is not None:
@@ -277,6 +295,7 @@ class E3GRPOTrainer(GRPOTrainer):
         sampler, schedule = self._train_sampler, self._temperature_schedule
         return {
             "dataset": self._dataset,
+            "num_processes": self.accelerator.num_processes,
             "sampler": sampler.state_dict(self._num_generation_batches),
             "num_generation_batches": self._num_generation_batches,
             "window_step": self.window_step,
@@ -287,6 +306,11 @@ class E3GRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            # From its universal format DeepSpeed gives all parameter groups one step counter, and each counts it on.
+            for state in self.optimizer.state.values():
+                if "step" in state:
+                    state["step"] = deepcopy(state["step"])
         if checkpoint is None or self.difficulty_tracker is None:
             return
         if self.accelerator.is_main_process:

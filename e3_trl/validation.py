@@ -67,6 +67,30 @@ def check_run(
             )
 
 
+def check_colocated_vllm(args: E3GRPOConfig, tie_word_embeddings: bool, device: str, longest_prompt: int) -> None:
+    """
+    Raise `ValueError` if a colocated vLLM could not hold the run's prompts, or would sample from stale weights.
+
+    Args:
+        args ([`E3GRPOConfig`]): the run's configuration.
+        tie_word_embeddings (`bool`): whether the model's LM head is its embedding.
+        device (`str`): type of the device that is trained on.
+        longest_prompt (`int`): tokens of the dataset's longest prompt.
+    """
+    if device == "cpu" and tie_word_embeddings:
+        raise ValueError(
+            "The model has tie_word_embeddings set, and use_vllm is on with a CPU: vLLM's reload leaves the tied LM "
+            "head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
+        )
+    needed = longest_prompt + args.max_completion_length
+    if args.vllm_max_model_length is not None and args.vllm_max_model_length < needed:
+        raise ValueError(
+            f"vllm_max_model_length is {args.vllm_max_model_length}, less than the longest prompt ({longest_prompt} "
+            f"tokens) and max_completion_length ({args.max_completion_length}) together. Set it to {needed} or more, "
+            "shorten max_completion_length, or drop the longest prompts."
+        )
+
+
 def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is None:  # a stream can leave its columns open

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 from conftest import build_trainer
 from transformers import TrainerCallback
 
@@ -13,7 +15,7 @@ from transformers import TrainerCallback
 class Recorder(TrainerCallback):
     """Writes what this rank knows after each step to a file of its own; dies at `kill_at` if it is the last rank."""
 
-    def __init__(self, trainer, kill_at: int | None):
+    def __init__(self, trainer, kill_at: int | None = None):
         self.trainer, self.kill_at = trainer, kill_at
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -26,18 +28,49 @@ class Recorder(TrainerCallback):
             "rollouts": tracker.num_rollouts.tolist(),
             "rewards": tracker.reward_sum.tolist(),
         }
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(args.output_dir) / f"rank{args.process_index}.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+        with open(Path(args.output_dir) / f"advantages{args.process_index}.jsonl", "a") as file:
+            batch = self.trainer._buffered_inputs[0]  # TRL has shuffled its rows
+            completions = [
+                ids[mask.bool()].tolist()
+                for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+            ]
+            file.write(json.dumps(list(zip(completions, batch["advantages"].tolist(), strict=True))) + "\n")
         if state.global_step == self.kill_at and args.process_index == args.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def force_completions(trainer):
+    """Give every row a completion that depends on nothing but the generation batch and the row's place in it."""
+
+    def generate(prompt_ids, images, multimodal_fields, num_generations, *args):
+        first = trainer.accelerator.process_index * len(prompt_ids)
+        completions = []
+        for row in range(first, first + len(prompt_ids)):
+            rng = np.random.default_rng([trainer._num_generation_batches, row])
+            completions.append(rng.integers(2, trainer.model.config.vocab_size, size=rng.integers(1, 9)).tolist())
+        return completions, None
+
+    trainer._generate_single_turn = generate
+
+
+def save_weights(trainer):
+    """Write the weights, gathered from all ranks, to `weights.safetensors`, in full precision."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        safetensors.torch.save_file(weights, Path(trainer.args.output_dir) / "weights.safetensors")
+
+
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    resume, kill_at = settings.pop("resume", None), settings.pop("kill_at", None)
+    resume, kill_at, forced = (settings.pop(name, None) for name in ("resume", "kill_at", "forced"))
     trainer = build_trainer(settings.pop("model_path"), settings.pop("output_dir"), use_cpu=False, **settings)
-    Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
+    if forced:
+        force_completions(trainer)
     trainer.add_callback(Recorder(trainer, kill_at))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
     trainer.save_model()
+    save_weights(trainer)

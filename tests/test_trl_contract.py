@@ -10,6 +10,7 @@ import trl
 from accelerate.data_loader import DataLoaderShard
 from transformers import Trainer
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
 from e3_trl import E3GRPOTrainer
@@ -42,6 +43,10 @@ def test_version_is_the_tested_one():
         (utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
         (utils.nanstd, ["tensor", "dim", "keepdim"]),
         (utils.get_callable_name, None),
+        (GRPOTrainer._tokenize_prompts, ["self", "prompts"]),
+        (VLLMGeneration.generate, ["self", "prompts", "images", "num_generations", "profiler"]),
+        (VLLMGeneration.sync_weights, ["self"]),
+        (VLLMGeneration._iter_named_params, ["self"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from conftest import build_trainer, logged, save_tiny_model
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
 
@@ -100,10 +102,31 @@ def test_copies_of_a_prompt_differ(make_trainer):
     assert max(rows.values()) == 1
 
 
+@pytest.fixture
+def no_engine(monkeypatch):
+    """The mistake has to be found before vLLM is started, which takes long and a lot of memory."""
+
+    def start(*args, **kwargs):
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(vllm_generation, "LLM", start)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's own sync handles tied models on a GPU")
-def test_a_tied_model_on_a_cpu_is_refused(tmp_path):
+def test_a_tied_model_on_a_cpu_is_refused(tmp_path, no_engine):
     path = save_tiny_model(tmp_path / "tied")
     model = AutoModelForCausalLM.from_pretrained(path, tie_word_embeddings=True)
     model.save_pretrained(path)
     with pytest.raises(ValueError, match="tie_word_embeddings.*Use an untied model"):
         build_trainer(path, tmp_path / "run", **VLLM)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_length_too_short_for_the_longest_prompt(make_trainer, no_engine, chat):
+    prompts = ["a" * 9, "a" * 57, "a" * 8, "a" * 7]
+    if chat:  # "user: ..."
+        prompts = [[{"role": "user", "content": prompt[6:]}] for prompt in prompts]
+    dataset = Dataset.from_dict({"prompt": prompts, "threshold": [1] * 4})
+    message = r"vllm_max_model_length is 64.*longest prompt \(57 tokens\).*max_completion_length \(8\).*Set it to 65"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**VLLM, train_dataset=dataset)

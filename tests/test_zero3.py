@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_trainer
+from ranks_run import Recorder, force_completions, save_weights
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from e3_trl import read_rollouts
@@ -19,11 +22,12 @@ ROOT = Path(__file__).parent.parent
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
-def launch(model_path, output_dir, ddp_backend="gloo", **settings):
+def launch(model_path, output_dir, ddp_backend="gloo", num_processes=2, **settings):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     settings = {"model_path": model_path, "output_dir": str(output_dir), "per_device_train_batch_size": 8} | settings
     command = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+    command += ["--num_processes", str(num_processes)]
     return subprocess.run(
         [sys.executable, *command, "ranks_run.py", json.dumps(settings | {"ddp_backend": ddp_backend})],
         cwd=ROOT / "tests",
@@ -33,6 +37,32 @@ def launch(model_path, output_dir, ddp_backend="gloo", **settings):
         timeout=300,
         check=False,
     )
+
+
+def recorded(output_dir, rank=0):
+    """What [`ranks_run.Recorder`] wrote: the state after each step, and this rank's completions with advantages."""
+    state, advantages = (
+        [json.loads(line) for line in (output_dir / f"{name}{rank}.jsonl").read_text().splitlines()]
+        for name in ("rank", "advantages")
+    )
+    return state, advantages
+
+
+def assert_same_state(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert [a[name] for name in ("step", "difficulty", "rollouts", "rewards")] == [
+            b[name] for name in ("step", "difficulty", "rollouts", "rewards")
+        ]
+        assert a["target"] == pytest.approx(b["target"], rel=1e-6)
+        assert a["temperature"] == pytest.approx(b["temperature"], rel=1e-6)
+
+
+def assert_same_update(start, one, other, rel):
+    start, one, other = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(load_file(path).items())]) for path in (start, one, other)
+    )
+    assert torch.linalg.norm(one - start) > 0
+    assert torch.linalg.norm(one - other) <= rel * torch.linalg.norm(one - start)
 
 
 def history(output_dir):
@@ -64,6 +94,74 @@ def test_ranks_agree_and_a_resumed_run_is_the_same(model_path, tmp_path, engine)
     start = AutoModelForCausalLM.from_pretrained(model_path)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+# Three groups of eight on two ranks of twelve rows: the second group lies on both.
+STRADDLING = {
+    "num_generations": 8,
+    "num_generations_max": 16,
+    "lr_scheduler_type": "constant",
+    "loss_type": "grpo",
+    "max_grad_norm": 0.0,
+}
+
+
+def one_rank(model_path, output_dir, **settings):
+    trainer = build_trainer(model_path, output_dir, per_device_train_batch_size=24, **settings)
+    force_completions(trainer)
+    trainer.add_callback(Recorder(trainer))
+    trainer.train()
+    save_weights(trainer)
+
+
+def test_two_ranks_compute_the_gradient_of_one(model_path, tmp_path):
+    settings = STRADDLING | {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0}  # SGD's update is the gradient
+    one_rank(model_path, tmp_path / "one", **settings)
+    done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
+    assert done.returncode == 0, done.stderr[-4000:]
+    weights = [tmp_path / name / "weights.safetensors" for name in ("one", "two")]
+    assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-5)
+
+
+def test_two_ranks_do_what_one_does_and_go_on_as_one(model_path, tmp_path):
+    # With its usual epsilon, Adam turns the rounding error of a gradient near zero into a whole step.
+    settings = STRADDLING | {"adam_epsilon": 1e-3, "learning_rate": 1e-3}
+    one_rank(model_path, tmp_path / "one", **settings)
+    settings["save_strategy"], settings["save_steps"] = "steps", 6
+    done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps, advantages = recorded(tmp_path / "one")
+    assert len({count for step in steps for count in step["rollouts"]}) > 3, "budgets did differ"
+    assert_same_state(recorded(tmp_path / "two")[0], steps)
+    halves = zip(*(recorded(tmp_path / "two", rank)[1] for rank in range(2)), strict=True)
+    for whole, (first, second) in zip(advantages, halves, strict=True):
+        (forced, expected), (completions, found) = (
+            zip(*sorted(rows), strict=True) for rows in (whole, first + second)
+        )
+        assert completions == forced
+        assert found == pytest.approx(expected, abs=1e-6)
+
+    checkpoint = tmp_path / "two" / "checkpoint-6"
+    settings |= {"resume": str(checkpoint), "num_processes": 1, "per_device_train_batch_size": 24, "forced": True}
+    done = launch(model_path, tmp_path / "refused", **settings)
+    assert done.returncode != 0
+    assert f"{checkpoint} was saved by 2 processes with DeepSpeed; this run has 1" in done.stderr
+
+    tag = checkpoint / "global_step6"
+    command = [
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        tag,
+        "--output_folder",
+        f"{tag}_universal",
+    ]
+    subprocess.run([sys.executable, *command], env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+    done = launch(model_path, tmp_path / "on", **settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_state(recorded(tmp_path / "on")[0], steps[6:])
+    weights = [tmp_path / name / "weights.safetensors" for name in ("one", "on")]
+    assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-4)
 
 
 def test_a_rank_that_dies_ends_the_job_which_then_resumes(model_path, tmp_path):

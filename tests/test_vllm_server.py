@@ -1,0 +1,128 @@
+"""The real vLLM server: on a CPU here, on the last GPU where there are several."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from conftest import logged
+from transformers import TrainerCallback
+from trl.generation.vllm_client import VLLMClient
+
+from e3_trl import read_rollouts
+from e3_trl.generation import VLLMServerError
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
+
+GPUS = torch.cuda.device_count()
+
+
+@contextmanager
+def vllm_server(model_path, port):
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": str(GPUS - 1)}
+    # What `vllm serve` runs; the command itself asks for a package of the name vllm, which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, "--port", str(port)]
+    command += ["--max-model-len", "64", "--gpu-memory-utilization", "0.2", "--logprobs-mode", "processed_logprobs"]
+    if GPUS > 1:
+        command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    log = Path(model_path) / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while server.poll() is None and time.monotonic() < deadline:
+            try:
+                requests.get(f"http://127.0.0.1:{port}/health", timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                time.sleep(1)
+        else:
+            pytest.fail(f"the server did not start: {log.read_text()[-4000:]}")
+        yield server
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def no_weight_transfer(monkeypatch):
+    """It needs NCCL and so a GPU. Without it the server keeps its weights: a learning rate of 0 keeps them right."""
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device=0: None)
+    monkeypatch.setattr(VLLMClient, "update_named_params", lambda self, metadata, params: list(params))
+
+
+def settings(port, **overrides):
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": f"http://127.0.0.1:{port}"}
+    return (
+        server
+        | {"vllm_server_timeout": 0.0, "learning_rate": 0.0, "use_cpu": not torch.cuda.is_available()}
+        | overrides
+    )
+
+
+class KillServer(TrainerCallback):
+    def __init__(self, server, step: int):
+        self.server, self.step = server, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.killpg(self.server.pid, signal.SIGKILL)
+            self.server.wait()
+
+
+def test_groups_of_other_sizes_get_their_own_completions_and_a_lost_server_loses_nothing(
+    make_trainer, model_path, port, no_weight_transfer
+):
+    rows = {"per_device_train_batch_size": 64, "num_generations": 4, "temperature_target_entropy": 3.55}
+    with vllm_server(model_path, port) as server:
+        trainer = make_trainer(**settings(port, **rows))
+        trainer.add_callback(KillServer(server, step=7))
+        remedy = (
+            rf"127.0.0.1:{port} .*does not answer.*Start it with .*vllm serve {model_path} .*resume_from_checkpoint"
+        )
+        with pytest.raises(VLLMServerError, match=remedy):
+            trainer.train()
+    # The 16 prompts are one batch: each step is a pass, and the budgets differ from the second on.
+    assert len({row["rollouts"] for row in read_rollouts(trainer.args.output_dir)}) > 1
+    temperatures = logged(trainer, "temperature")
+    assert len(temperatures) == 7
+    assert temperatures[-1] > 1.1 * temperatures[0]
+    # Another prompt's completion would have another probability.
+    assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 7, abs=0.02)
+
+    with vllm_server(model_path, port):
+        resumed = make_trainer(**settings(port, **rows))
+        resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == list(range(1, 13))
+    assert logged(resumed, "temperature")[:7] == temperatures
+    assert sum(row["rollouts"] for row in read_rollouts(resumed.args.output_dir)) == 12 * 64
+
+
+def test_a_server_that_was_not_started(make_trainer, port):
+    with pytest.raises(requests.ConnectionError, match=f"can't be reached at http://127.0.0.1:{port}.*vllm serve"):
+        make_trainer(**settings(port))
+
+
+@pytest.mark.skipif(GPUS < 2, reason="weight transfer to a vLLM server is NCCL between two GPUs")
+def test_the_server_gets_new_weights(make_trainer, model_path, port):
+    with vllm_server(model_path, port):
+        trainer = make_trainer(**settings(port, learning_rate=0.1, max_steps=6, temperature_schedule="constant"))
+        trainer.train()
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 0.15

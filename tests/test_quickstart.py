@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from recipes.quickstart.task import exact_answer_reward, write_solution
 
 
@@ -15,7 +18,7 @@ FIGURES = {"entropy.png", "temperature.png", "budgets.png", "all_wrong.png", "re
 
 
 def run(folder, *command):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -43,6 +46,41 @@ def test_prepares_trains_and_reports(tmp_path):
     assert (len(train), len(test)) == (560, 140)
     assert not train & test
     assert "is there already" in run(tmp_path, "recipes.quickstart.prepare")
+
+
+GREEDY = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    engine = LLM(model=sys.argv[1], dtype="float32", max_model_len=96)
+    greedy = SamplingParams(temperature=0.0, max_tokens=16)
+    print("GREEDY", [list(output.outputs[0].token_ids) for output in engine.generate(["1+2=", "7+8+9="], greedy)])
+"""
+
+
+def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
+    run(tmp_path, "recipes.quickstart.prepare", "--steps", "20")
+    launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+    config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"
+    run(tmp_path, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
+    folder = tmp_path / "outputs" / "quickstart-zero3-vllm"
+    history = [
+        entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
+    ]
+    assert len(history) == 3
+    for entry in history:
+        assert entry["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.01)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = []
+    for prompt in ("1+2=", "7+8+9="):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected.append(model.generate(ids, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :].tolist())
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder))
 
 
 def test_the_reward_takes_the_last_result_alone():

@@ -124,8 +124,8 @@ def test_a_tied_model_on_a_cpu_is_refused(tmp_path, no_engine):
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_length_too_short_for_the_longest_prompt(make_trainer, no_engine, chat):
     prompts = ["a" * 9, "a" * 57, "a" * 8, "a" * 7]
-    if chat:  # "user: ..."
-        prompts = [[{"role": "user", "content": prompt[6:]}] for prompt in prompts]
+    if chat:  # the role and the colon are 5 tokens
+        prompts = [[{"role": "user", "content": prompt[5:]}] for prompt in prompts]
     dataset = Dataset.from_dict({"prompt": prompts, "threshold": [1] * 4})
     message = r"vllm_max_model_length is 64.*longest prompt \(57 tokens\).*max_completion_length \(8\).*Set it to 65"
     with pytest.raises(ValueError, match=message):

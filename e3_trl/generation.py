@@ -1,9 +1,12 @@
 """vLLM for groups of different sizes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import numpy as np
 import requests
+import torch
 from accelerate.utils import broadcast_object_list
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -52,6 +55,17 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int
     return seeds
 
 
+@contextmanager
+def seeded_engine(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, a colocated engine, which samples from its process's random generators, draws what `seed` gives."""
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        yield
+    np.random.set_state(numpy_state)
+
+
 class RolloutGeneration(VLLMGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] for any number of completions per prompt.
@@ -65,10 +79,13 @@ class RolloutGeneration(VLLMGeneration):
 
     Attributes:
         seeds (`list[int]`, *optional*):
-            Sampling seed of each row of this process's engine in the next call. `None` = the engine's own.
+            Sampling seed of each row of this process's engine in the next call. `None` = leave it to the engine.
+        seed_requests (`bool`):
+            Whether each completion is drawn with its row's seed. Otherwise the first seed stands for the whole call.
     """
 
     seeds: list[int] | None = None
+    seed_requests: bool = False
     _server_error: str | None = None
 
     @classmethod
@@ -80,14 +97,16 @@ class RolloutGeneration(VLLMGeneration):
                 generation._client_generate = generation.vllm_client.generate
                 generation.vllm_client.generate = generation._generate_or_nothing
         else:
+            if generation.accelerator.device.type == "cpu":
+                # vLLM rewinds the random generator of a prompt that it has read in part, and can't on a CPU.
+                generation.llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
             # Below TRL, which flattens the completions of each request itself.
             generation._llm_generate = generation.llm.generate
             generation.llm.generate = generation._generate_merged
         return generation
 
     def _generate_merged(self, prompts, sampling_params, **kwargs):
-        seeds = self.seeds or [None] * len(prompts)
-        rows = range(len(prompts))
+        seeds = self.seeds if self.seeds and self.seed_requests else [None] * len(prompts)
 
         def request(row: int):
             # Rows share a request if they share the prompt and, where they have any, count their seeds on.
@@ -95,13 +114,15 @@ class RolloutGeneration(VLLMGeneration):
             return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset
 
         merged_prompts, merged_params = [], []
-        for _, group in groupby(rows, key=request):
+        for _, group in groupby(range(len(prompts)), key=request):
             first, *copies = group
             params = sampling_params.clone()
             params.n, params.seed = 1 + len(copies), seeds[first]
             merged_prompts.append(prompts[first])
             merged_params.append(params)
-        return self._llm_generate(merged_prompts, sampling_params=merged_params, **kwargs)
+        whole_call = self.seeds and not self.seed_requests
+        with seeded_engine(self.seeds[0], self.accelerator.device) if whole_call else nullcontext():
+            return self._llm_generate(merged_prompts, sampling_params=merged_params, **kwargs)
 
     def _generate_or_nothing(self, **kwargs):
         # TRL hands the main process's answer to all ranks, so an empty one tells them all.

@@ -146,6 +146,7 @@ class E3GRPOTrainer(GRPOTrainer):
         ]
         if self.use_vllm:
             RolloutGeneration.adopt(self.vllm_generation)
+            self.vllm_generation.seed_requests = args.vllm_request_seeds
         self._difficulty_reward_index = (
             0 if args.difficulty_reward_func is None else self.reward_func_names.index(args.difficulty_reward_func)
         )
@@ -231,7 +232,7 @@ class E3GRPOTrainer(GRPOTrainer):
         device = self.accelerator.device
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
         inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
-        if self.use_vllm and self.args.vllm_request_seeds:
+        if self.use_vllm:
             seeds = request_seeds(self.args.seed, self._num_generation_batches, prompt_ids.cpu().numpy())
             group_size = self.vllm_tensor_parallel_size * len(inputs)  # ranks that share an engine share its rows
             first = self.accelerator.process_index // self.vllm_tensor_parallel_size * group_size

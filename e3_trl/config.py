@@ -46,6 +46,20 @@ class E3GRPOConfig(GRPOConfig):
             Name of the reward function whose reward is the correctness signal: it makes up a prompt's difficulty, and
             a rollout counts as correct above 0.5. If `None`, the first reward function.
 
+        > Parameters that control the rewards of a batch
+
+        length_bias_coef (`float`, *optional*, defaults to `0.0`):
+            \\( \mu \\): a correct completion of \\( l \\) tokens loses \\( \mu l / (1 + \mu l) \\) of its reward if
+            its prompt is easy. Difficulty is counted before. In the authors' code, with 0.001, not in the paper.
+        length_bias_fraction (`float`, *optional*, defaults to `0.1`):
+            Part of a batch's prompts, the easiest, that the length bias is for.
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Whether groups whose rewards are all equal are dropped and further prompts sampled in their place, as in
+            DAPO (https://huggingface.co/papers/2503.14476). What reward functions log per completion (`log_extra`) is
+            not kept then.
+        max_resample_rounds (`int`, *optional*, defaults to `10`):
+            How often a batch is sampled anew at most. Each round costs as many rollouts as the batch has.
+
         > Parameters that control generation with vLLM
 
         vllm_request_seeds (`bool`, *optional*, defaults to `False`):
@@ -109,6 +123,25 @@ class E3GRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control the rewards of a batch
+    length_bias_coef: float = field(
+        default=0.0,
+        metadata={"help": "mu: a correct completion of l tokens of an easy prompt loses mu*l/(1+mu*l) of its reward."},
+    )
+    length_bias_fraction: float = field(
+        default=0.1, metadata={"help": "Part of a batch's prompts, the easiest, that the length bias is for."}
+    )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether groups whose rewards are all equal are dropped and further prompts sampled in their "
+            "place, as in DAPO."
+        },
+    )
+    max_resample_rounds: int = field(
+        default=10, metadata={"help": "How often dynamic sampling samples a batch anew at most."}
+    )
+
     # Parameters that control generation with vLLM
     vllm_request_seeds: bool = field(
         default=False,
@@ -166,6 +199,15 @@ class E3GRPOConfig(GRPOConfig):
             )
         if self.eval_temperature is not None and self.eval_temperature <= 0:
             raise ValueError(f"eval_temperature is {self.eval_temperature}. Set it above 0.")
+        if self.length_bias_coef < 0:
+            raise ValueError(f"length_bias_coef is {self.length_bias_coef}. Set it to 0 (off) or more.")
+        if not 0 <= self.length_bias_fraction <= 1:
+            raise ValueError(f"length_bias_fraction is {self.length_bias_fraction}. Set it within [0, 1].")
+        if self.max_resample_rounds < 1:
+            raise ValueError(
+                f"max_resample_rounds is {self.max_resample_rounds}. Set it to 1 or more, or dynamic_sampling to "
+                "False."
+            )
         if self.rollout_allocation == "rank":
             self.make_budget_schedule()
         if self.temperature_schedule == "entropy":

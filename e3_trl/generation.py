@@ -23,7 +23,7 @@ class VLLMServerError(ConnectionError):
         )
 
 
-def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int]:
+def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_round: int = 0) -> list[int]:
     """
     Sampling seeds that depend on nothing but the run's seed, the generation batch, the prompt and the copy, so that a
     resumed or repeated run draws the same completions on any number of ranks.
@@ -32,6 +32,7 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int
         run_seed (`int`): the run's seed.
         batch (`int`): number of the generation batch in the run.
         prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all ranks.
+        sampling_round (`int`, *optional*, defaults to 0): round of dynamic sampling.
 
     Returns:
         `list[int]`: one seed per row. Those of a prompt's copies are consecutive: so vLLM counts within a request.
@@ -49,7 +50,9 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray) -> list[int
     seeds = []
     for prompt in np.asarray(prompt_ids).tolist():
         if prompt not in next_seed:
-            next_seed[prompt] = int(np.random.SeedSequence([run_seed, batch, prompt]).generate_state(1)[0])
+            next_seed[prompt] = int(
+                np.random.SeedSequence([run_seed, batch, sampling_round, prompt]).generate_state(1)[0]
+            )
         seeds.append(next_seed[prompt])
         next_seed[prompt] += 1
     return seeds
@@ -104,6 +107,12 @@ class RolloutGeneration(VLLMGeneration):
             generation._llm_generate = generation.llm.generate
             generation.llm.generate = generation._generate_merged
         return generation
+
+    def set_seeds(self, run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_round: int = 0) -> None:
+        """Seed the next call: see [`request_seeds`]. Processes that share an engine share its rows."""
+        num_rows = len(prompt_ids) // self.accelerator.num_processes * self.tensor_parallel_size
+        first = self.accelerator.process_index // self.tensor_parallel_size * num_rows
+        self.seeds = request_seeds(run_seed, batch, prompt_ids, sampling_round)[first : first + num_rows]
 
     def _generate_merged(self, prompts, sampling_params, **kwargs):
         seeds = self.seeds if self.seeds and self.seed_requests else [None] * len(prompts)

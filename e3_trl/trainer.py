@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .advantages import aggregate_advantages
+from .advantages import aggregate_advantages, length_bias
 from .callbacks import EngineCheckCallback, TemperatureCallback
 from .checkpoint import (
     dataset_fingerprint,
@@ -30,7 +30,8 @@ from .checkpoint import (
 )
 from .config import E3GRPOConfig
 from .difficulty import DifficultyTracker
-from .generation import RolloutGeneration, VLLMServerError, request_seeds
+from .dynamic_sampling import DynamicSampling
+from .generation import RolloutGeneration, VLLMServerError
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
 from .temperature import EntropyWindow
@@ -60,6 +61,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
     | `_set_signature_columns_if_needed` | keep the prompt's id under `remove_unused_columns` |
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
+    | `_generate` | seed vLLM; sample further prompts in place of those whose rewards are all equal (DAPO) |
     | `_calculate_rewards` | keep the gathered rewards and completion lengths |
     | `_generate_and_score_completions` | advantages for groups of any size; count rewards towards difficulty |
     | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule |
@@ -221,44 +223,104 @@ class E3GRPOTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if not self.model.training:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._kept_rows is not None:  # dynamic sampling had to score them to know which to keep
+            return torch.cat([rewards for rewards, _ in self._scored])[self._kept_rows]
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=self.accelerator.device)
-        self._scored = rewards_per_func, self.accelerator.gather(lengths)
+        self._scored.append((rewards_per_func, self.accelerator.gather(lengths)))
         return rewards_per_func
+
+    def _generate(self, prompts):
+        if not self.model.training or self.difficulty_tracker is None:
+            return super()._generate(prompts)
+        batch = self._num_generation_batches
+        if self.use_vllm:
+            self.vllm_generation.set_seeds(self.args.seed, batch, self._prompt_ids)
+        output = super()._generate(prompts)
+        if not self.args.dynamic_sampling:
+            return output
+
+        sampling = DynamicSampling(self._prompt_ids, len(self.train_dataset), [self.args.seed, batch])
+        first = self.accelerator.process_index * len(prompts)
+        share = slice(first, first + len(prompts))
+        rows = []
+        while True:
+            prompt_ids, completion_ids, _, completions, logprobs, *rest = output
+            rewards = self._calculate_rewards(self._inputs, prompts, completions, completion_ids)
+            sampling.observe((rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).cpu().numpy())
+            columns = self._inputs, prompts, prompt_ids, completion_ids, completions, logprobs or prompts
+            rows += gather_object(list(zip(*columns, strict=True)))
+            if sampling.is_full or len(sampling.prompt_ids) > self.args.max_resample_rounds:
+                break
+            drawn = sampling.draw()
+            if drawn is None:
+                break
+            if self.use_vllm:
+                self.vllm_generation.set_seeds(self.args.seed, batch, drawn, len(sampling.prompt_ids) - 1)
+            self._inputs[:] = [self.train_dataset[int(index)] for index in drawn[share]]
+            prompts[:] = [example["prompt"] for example in self._inputs]
+            output = super()._generate(prompts)
+
+        self._sampled_ids, self._kept_rows = np.concatenate(sampling.prompt_ids), sampling.rows
+        self._pending_extra_logs.clear()  # of all rows, kept or not
+        kept = zip(*(rows[row] for row in sampling.rows[share]), strict=True)
+        # TRL goes on with its own lists of inputs and prompts, which become those of the groups kept.
+        self._inputs[:], prompts[:], prompt_ids, completion_ids, completions, kept_logprobs = map(list, kept)
+        return prompt_ids, completion_ids, None, completions, kept_logprobs if logprobs else None, *rest
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training or self.difficulty_tracker is None:
             return super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
-        inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
-        if self.use_vllm:
-            seeds = request_seeds(self.args.seed, self._num_generation_batches, prompt_ids.cpu().numpy())
-            group_size = self.vllm_tensor_parallel_size * len(inputs)  # ranks that share an engine share its rows
-            first = self.accelerator.process_index // self.vllm_tensor_parallel_size * group_size
-            self.vllm_generation.seeds = seeds[first : first + group_size]
-        output = super()._generate_and_score_completions(inputs)
+        self._prompt_ids = self._sampled_ids = prompt_ids.cpu().numpy()
+        self._inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
+        self._scored, self._kept_rows = [], None
+        output = super()._generate_and_score_completions(self._inputs)
+
+        # Whatever was sampled counts towards difficulty, whether it is trained on or not.
+        rewards_per_func, lengths = map(torch.cat, zip(*self._scored, strict=True))
+        correctness = rewards_per_func[:, self._difficulty_reward_index].cpu().numpy()
+        counts = rollout_counts(self._sampled_ids, correctness, lengths.cpu().numpy())
+        metrics = self._metrics["train"]
+        for name, value in rollout_metrics(counts).items():
+            metrics[name].append(value)
+        difficulty = self.difficulty_tracker.difficulty
+        if self.accelerator.is_main_process:
+            step = self.state.global_step + 1
+            self._rollout_log.append(step, counts, difficulty[counts["prompt_id"]], self.temperature)
+        if self.args.dynamic_sampling:
+            metrics["rollouts/sampled"].append(float(len(self._sampled_ids)))
+            metrics["rollouts/discarded"].append(float(len(self._sampled_ids) - len(prompt_ids)))
+        self.difficulty_tracker.observe(self._sampled_ids, correctness)
+        self._num_generation_batches += 1
 
         # TRL compares rows of `num_generations`; a group here has its prompt's own number of completions.
-        rewards_per_func, lengths = self._scored
+        kept = slice(None) if self._kept_rows is None else self._kept_rows
+        rewards_per_func, group_ids = rewards_per_func[kept].clone(), self._sampled_ids[kept]
+        if self.args.length_bias_coef > 0:
+            correct = torch.as_tensor(correctness[kept] > 0.5, device=device)
+            rewards_per_func[:, self._difficulty_reward_index] -= length_bias(
+                correct,
+                lengths[kept],
+                torch.as_tensor(group_ids, device=device),
+                torch.as_tensor(difficulty[group_ids], device=device),
+                self.args.length_bias_coef,
+                self.args.length_bias_fraction,
+            )
         advantages, std = aggregate_advantages(
-            rewards_per_func, self.reward_weights, prompt_ids, self.scale_rewards, self.multi_objective_aggregation
+            rewards_per_func,
+            self.reward_weights,
+            torch.as_tensor(group_ids, device=device),
+            self.scale_rewards,
+            self.multi_objective_aggregation,
         )
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantages[first : first + len(inputs)]
         self._logs["advantages"].extend(advantages.tolist())
-        metrics = self._metrics["train"]
         metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
-
-        correctness = rewards_per_func[:, self._difficulty_reward_index].cpu().numpy()
-        counts = rollout_counts(prompt_ids.cpu().numpy(), correctness, lengths.cpu().numpy())
-        for name, value in rollout_metrics(counts).items():
-            metrics[name].append(value)
-        if self.accelerator.is_main_process:
-            difficulty = self.difficulty_tracker.difficulty[counts["prompt_id"]]
-            self._rollout_log.append(self.state.global_step + 1, counts, difficulty, self.temperature)
-        self.difficulty_tracker.observe(prompt_ids.cpu().numpy(), correctness)
-        self._num_generation_batches += 1
         return output
 
     def _compute_loss(self, model, inputs):

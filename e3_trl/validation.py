@@ -45,6 +45,11 @@ def check_run(
             f"{names}. Set it to one of them, or to None for the first."
         )
     sized = isinstance(train_dataset, Dataset)
+    if args.dynamic_sampling and not (sized and fixed_columns):
+        raise ValueError(
+            "dynamic_sampling is set, but further prompts cannot be drawn from a stream, an environment or a rollout "
+            "function. Set it to False, or train on a `Dataset` alone."
+        )
     annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
     if annealing and not sized and args.max_steps <= 0:
         raise ValueError(

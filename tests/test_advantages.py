@@ -1,10 +1,11 @@
 import pytest
 import torch
+from conftest import logged
 from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
-from e3_trl.advantages import aggregate_advantages
+from e3_trl.advantages import aggregate_advantages, length_bias
 
 
 NAN = float("nan")
@@ -79,3 +80,41 @@ def test_functions_are_weighted_before_or_after_normalizing():
 def test_unknown_scaling_is_refused():
     with pytest.raises(ValueError, match="scale_rewards"):
         group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.long), "median")
+
+
+def test_length_bias_takes_from_correct_completions_of_the_easiest_prompts_alone():
+    groups = torch.tensor([5, 5, 8, 8, 2, 2, 3, 3])
+    difficulty = torch.tensor([0.9, 0.9, 0.2, 0.2, float("nan"), float("nan"), 0.4, 0.4])
+    correct = torch.tensor([True, False, True, False, True, True, True, True])
+    lengths = torch.tensor([1000, 1000, 1000, 500, 1000, 1000, 4000, 250])
+    half = length_bias(correct, lengths, groups, difficulty, coef=0.001, fraction=0.5)
+    assert half.tolist() == pytest.approx([0, 0, 0.5, 0, 0, 0, 0.8, 0.2])
+    assert length_bias(correct, lengths, groups, difficulty, 0.001, 0.25).tolist() == pytest.approx(
+        [0, 0, 0.5, *[0] * 5]
+    )
+    everything = length_bias(correct, lengths, groups, difficulty, 0.001, 1.0)
+    assert everything[4:6].tolist() == [0, 0], "a prompt that was never sampled is not known to be easy"
+    assert not length_bias(correct, lengths, groups, difficulty, 0.001, 0.0).any()
+
+
+def test_length_bias_reaches_the_advantages_but_not_difficulty(make_trainer):
+    def reward(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    settings = {"reward_funcs": reward, "max_steps": 8, "temperature_schedule": "constant"}
+    plain = make_trainer(output_dir="plain", **settings)
+    plain.train()
+    biased = make_trainer(output_dir="biased", length_bias_coef=0.1, length_bias_fraction=1.0, **settings)
+    biased.train()
+    assert logged(plain, "loss") == [0.0] * 8
+    # No prompt is known to be easy in the first pass of four steps; then its shorter completions are better ones.
+    assert logged(biased, "loss")[:4] == [0.0] * 4
+    assert logged(biased, "rewards/reward/mean") == [1.0] * 8
+    assert (biased.difficulty_tracker.reward_sum == biased.difficulty_tracker.num_rollouts).all()
+    batch = biased._buffered_inputs[0]
+    lengths = batch["completion_mask"].sum(dim=1)
+    for prompt in batch["prompt_ids"].unique(dim=0):
+        group = (batch["prompt_ids"] == prompt).all(dim=1)
+        by_length = batch["advantages"][group][lengths[group].argsort(stable=True)]
+        assert (by_length.diff() <= 1e-6).all()
+    assert len(lengths.unique()) > 1

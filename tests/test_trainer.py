@@ -68,7 +68,7 @@ def test_every_completion_is_compared_with_its_own_prompts(make_trainer):
     def spy(inputs):
         prompts = [example["prompt"] for example in inputs]
         output = rows_of(inputs)
-        rewards = trainer._scored[0][:, 0]
+        rewards = trainer._scored[0][0][:, 0]
         seen.append((prompts, rewards.tolist(), output["advantages"].tolist(), list(trainer._logs["advantages"])))
         return output
 
@@ -318,7 +318,7 @@ def test_gradient_agrees_with_a_plain_reference(make_trainer):
     assert len(set(Counter(ids).values())) > 1
     assert abs(temperature - 1) > 0.05
 
-    rewards = trainer._scored[0][:, 0]
+    rewards = trainer._scored[0][0][:, 0]
     advantages = group_advantages(rewards, torch.tensor(ids))
     tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

@@ -28,6 +28,7 @@ def test_version_is_the_tested_one():
             GRPOTrainer._calculate_rewards,
             ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         ),
+        (GRPOTrainer._generate, ["self", "prompts"]),
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
         (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
         (GRPOTrainer._save_checkpoint, ["self", "model", "trial"]),
@@ -103,7 +104,7 @@ def test_attributes(make_trainer):
 def test_rewards_come_gathered_one_column_per_function(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
-    assert trainer._scored[0].shape == (16, 1)
+    assert trainer._scored[0][0].shape == (16, 1)
 
 
 def test_metrics_of_the_batch_are_the_last_entries(make_trainer):

@@ -119,7 +119,7 @@ def estimate(path: Path, hub: bool = False) -> dict[str, float]:
 
 def table(hub: bool = False) -> str:
     """The table, in Markdown, in GiB."""
-    lines = ["| recipe | " + " | ".join(COLUMNS).replace("vllm_", "vLLM ").replace("_", " ") + " | of the GPU |"]
+    lines = ["| recipe | " + " | ".join(COLUMNS).replace("vllm_", "vLLM ").replace("kv_", "KV ") + " | of the GPU |"]
     lines.append("|---" * (len(COLUMNS) + 2) + "|")
     for path in RECIPES:
         memory = estimate(path, hub)

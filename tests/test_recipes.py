@@ -1,12 +1,17 @@
 """Every recipe, with the accelerate config that its first line names, through the real parsers."""
 
 import re
+import subprocess
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from trl import ModelConfig, TrlParser
 
 from e3_trl import E3GRPOConfig
@@ -15,22 +20,28 @@ from recipes.train import E3ScriptArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/config_*.yaml"))
-PAPER = [path for path in RECIPES if "DeepSeek-R1-Distill" in path.parent.name and "lora" not in path.name]
+PAPER = [path for path in RECIPES if "DeepSeek-R1-Distill" in path.parent.name]
+README = (ROOT / "recipes" / "README.md").read_text()
 E3_BLOCK = {"rollout_allocation", "temperature_schedule", "output_dir"}
 
 
-def parse(path: Path) -> tuple[E3ScriptArguments, E3GRPOConfig, ModelConfig]:
+def parse(path: Path, *arguments: str) -> tuple[E3ScriptArguments, E3GRPOConfig, ModelConfig]:
     parser = TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
     with NamedTemporaryFile("w", suffix=".yaml") as file:
         # Only this differs from a run on the machine that the recipe is for: there is no launcher, and maybe no GPU.
         file.writelines(line for line in path.open() if not line.startswith("ddp_backend"))
         file.flush()
-        return parser.parse_args_and_config(["--config", file.name, "--use_cpu", "true", "--bf16", "false"])
+        settings = ["--config", file.name, "--use_cpu", "true", "--bf16", "false", *arguments]
+        return parser.parse_args_and_config(settings)
 
 
 def accelerate_config(path: Path):
     named = re.search(r"accelerate_configs/\w+\.yaml", path.read_text().splitlines()[0])
     return load_config_from_file(str(ROOT / named.group()))
+
+
+def rows_per_update(args: E3GRPOConfig, processes: int) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -48,14 +59,19 @@ def test_recipe_is_understood(path):
 def test_paper_recipes_have_the_papers_numbers(path):
     _, args, model = parse(path)
     processes = accelerate_config(path).num_processes
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     prompts = args.generation_batch_size * processes // args.num_generations
-    assert rows == 512
+    assert re.match(rf"# {processes} GPUs? of ", path.read_text())
+    assert rows_per_update(args, processes) == 512
     assert prompts == 64
     assert args.num_train_epochs * (10_240 // prompts) == 480
     assert args.vllm_max_model_length >= 2048 + args.max_completion_length
     assert processes % args.vllm_tensor_parallel_size == 0
-    assert args.learning_rate == (5e-6 if "1.5B" in model.model_name_or_path else 2e-6)
+    paper = 5e-6 if "1.5B" in model.model_name_or_path else 2e-6
+    assert args.learning_rate == pytest.approx(10 * paper if model.use_peft else paper)
+    assert model.use_peft == ("lora" in path.name)
+    if model.use_peft:
+        assert model.lora_dropout == 0, "with dropout, training scores another policy than the one that sampled"
+        assert model.dtype == "float32", "merging and unmerging at every sync wears a bfloat16 base away"
     assert (args.max_completion_length, args.beta, args.temperature, args.loss_type) == (6144, 0.0, 1.0, "grpo")
     assert args.vllm_enable_sleep_mode
 
@@ -70,9 +86,123 @@ def test_e3_and_grpo_differ_in_the_e3_block_alone(folder):
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_config_is_understood(path):
     config = load_config_from_file(str(path))
+    written = {"gpu_ids": "all"} | load_config_from_file(str(path)).to_dict()  # to_dict drops what is None
+    assert written == {"gpu_ids": "all"} | yaml.safe_load(path.read_text()), "as `accelerate config` writes it"
     gpus = re.search(r"(?:(\d)x)?(\d)gpu", path.stem)
     if gpus:
         machines = int(gpus[1] or 1)
         assert (config.num_machines, config.num_processes) == (machines, machines * int(gpus[2]))
+    if config.num_machines > 1:
+        # Otherwise accelerate names no endpoint, and each node looks for the others on its own localhost.
+        assert (config.same_network, config.rdzv_backend) == (True, "static")
     stage = re.match(r"zero(\d)", path.stem)
-    assert config.deepspeed_config.get("zero_stage") == (int(stage[1]) if stage else None)
+    assert (config.deepspeed_config or {}).get("zero_stage") == (int(stage[1]) if stage else None)
+
+
+def test_every_command_of_the_readme_updates_on_512_rows():
+    commands = re.findall(r"(accelerate_configs/\S+).*?(recipes/DeepSeek\S+yaml)(.*)", README.replace("\\\n", " "))
+    assert {recipe for _, recipe, _ in commands} == {str(path.relative_to(ROOT)) for path in PAPER}
+    for config, recipe, arguments in commands:
+        _, args, _ = parse(ROOT / recipe, *arguments.split())
+        assert rows_per_update(args, load_config_from_file(str(ROOT / config)).num_processes) == 512
+
+
+def test_the_readme_has_the_table_that_the_script_prints_and_every_recipe_fits():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    from recipes.memory import FITS, estimate, table
+
+    assert table() in README, "Replace the table by what `python -m recipes.memory` prints."
+    for path in PAPER:
+        memory = estimate(path)
+        assert memory["peak"] <= FITS * memory["gpu"]
+        assert memory["sequences"] >= 16, "fewer at once, and sampling is slow"
+
+
+def test_a_layer_keeps_the_activations_that_the_formula_says():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    from recipes.memory import elements_per_layer
+
+    config = Qwen2Config(hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    config._attn_implementation = "sdpa"
+    layer = Qwen2DecoderLayer(config, 0).to(torch.bfloat16)
+    tokens = 32
+    hidden = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rotary = Qwen2RotaryEmbedding(config)(hidden, torch.arange(tokens)[None])
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    elements = sum(storage.nbytes() for storage in kept.values()) / 2 / tokens
+    assert elements == pytest.approx(elements_per_layer(config), rel=0.05)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_slurm_scripts_hand_every_argument_on_as_it_is(nodes, tmp_path):
+    """`srun`, `scontrol` and `accelerate` are stand-ins: the first runs its command per node, the last prints it."""
+    stand_ins = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; for ((n = 0; n < NODES; n++)); do SLURM_NODEID=$n "$@"; done',
+        "scontrol": "echo node7; echo node8",
+        "accelerate": "printf '%s\\n' \"$@\" END",
+    }
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SUBMIT_DIR": tmp_path, "NNODES": nodes, "GPUS_ON_NODE": 8, "CPUS_PER_TASK": 4, "JOB_ID": 123456}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODES": str(nodes), "SLURM_JOB_NODELIST": "node[7-8]"}
+    script = ROOT / "slurm" / ("train.slurm" if nodes == 1 else "train_multi_node.slurm")
+
+    def run(*arguments):
+        return subprocess.run(
+            ["bash", str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    arguments = ["a recipe.yaml", "--run_name", "$(touch hit) 'two' words; * $HOME"]
+    done = run("a config.yaml", *arguments)
+    assert done.returncode == 0, done.stderr
+    calls = [call.split("\n") for call in done.stdout.split("\nEND\n")[:-1]]
+    assert len(calls) == nodes
+    for rank, call in enumerate(calls):
+        assert call[:3] == ["launch", "--config_file", "a config.yaml"]
+        assert call[-5:] == ["recipes/train.py", "--config", *arguments]
+        if nodes > 1:
+            launch = dict(zip(call[3:-5:2], call[4:-5:2], strict=True))
+            assert launch == {
+                "--num_machines": "2",
+                "--num_processes": "16",
+                "--main_process_ip": "node7",
+                "--main_process_port": "23456",
+                "--machine_rank": str(rank),
+            }
+    assert not (tmp_path / "hit").exists()
+    assert "usage: sbatch" in run("a config.yaml").stderr
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 0.1, 0.4), ("float32", 0.0, 1e-4)])
+def test_merging_the_adapter_at_every_sync_wears_a_bfloat16_base_away(dtype, least, most):
+    """Why the LoRA recipes have a float32 base: how far 480 syncs move the base, as a part of the adapter's size."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False))
+    torch.nn.init.normal_(base[0].weight, std=0.02)  # Qwen2's initializer_range
+    model = get_peft_model(base.to(getattr(torch, dtype)), LoraConfig(r=32, lora_alpha=64, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    before = layer.base_layer.weight.detach().clone()
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for _ in range(480):
+        with torch.no_grad():
+            for parameter in adapter:  # a step of Adam at learning rate 5e-5, in a direction of chance
+                parameter.add_(5e-5 * torch.randn_like(parameter).sign())
+        model.merge_adapter()
+        model.unmerge_adapter()
+    moved = (layer.base_layer.weight - before).float().norm() / layer.get_delta_weight("default").float().norm()
+    assert least <= moved.item() <= most

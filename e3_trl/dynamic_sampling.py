@@ -65,10 +65,11 @@ class DynamicSampling:
     def observe(self, rewards: np.ndarray) -> None:
         """Take in the rewards of the newest round's rows, shape `(N,)`, NaN = unscorable, which tells nothing."""
         first_row = (len(self.prompt_ids) - 1) * len(rewards)
-        for start, size in zip(self.starts, self.sizes, strict=True):
+        for slot, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
             group = rewards[start : start + size]
             group = group[~np.isnan(group)]
-            free = np.flatnonzero((self._taken < 0) & (self.sizes == size))
+            # The first round's groups are where they belong, should theirs stay free.
+            free = [slot] if first_row == 0 else np.flatnonzero((self._taken < 0) & (self.sizes == size))
             if len(free) and len(group) and group.min() != group.max():
                 self._taken[free[0]] = first_row + start
 

@@ -136,6 +136,7 @@ class E3GRPOTrainer(GRPOTrainer):
         self.entropy_window = EntropyWindow()
         self._num_generation_batches = 0
         self._inside_optimizer_step = False
+        self._scored, self._kept_rows = [], None
         kwargs["callbacks"] = [
             *(kwargs.get("callbacks") or []),
             EngineCheckCallback(self, [train_dataset, *eval_list]),
@@ -223,7 +224,7 @@ class E3GRPOTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if not self.model.training:
+        if not self.model.training or self.difficulty_tracker is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._kept_rows is not None:  # dynamic sampling had to score them to know which to keep
             return torch.cat([rewards for rewards, _ in self._scored])[self._kept_rows]

@@ -185,7 +185,16 @@ class E3GRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "must be divisible" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} A generation batch is {self.world_size} processes (world size) x "
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) x steps_per_generation. Change one "
+                "of them, or num_generations."
+            ) from error
         if self.rollout_allocation not in ("rank", "uniform"):
             raise ValueError(f"rollout_allocation is {self.rollout_allocation!r}. Set it to 'rank' or 'uniform'.")
         if self.temperature_schedule not in ("entropy", "constant"):

@@ -35,7 +35,11 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 
-RECIPES = sorted(Path(__file__).parent.glob("DeepSeek-*/config_*.yaml"))
+RECIPES = sorted(
+    path
+    for name in ("config_e3*.yaml", "config_grpo.yaml")  # the other baselines need what GRPO needs
+    for path in Path(__file__).parent.glob(f"DeepSeek-*/{name}")
+)
 # What CUDA reports of a GPU sold as so many GB: A100 and H100, A10 and L4 (with ECC).
 GPU_MEMORY = {80: 79 * 2**30, 24: 22 * 2**30}
 FITS = 0.9

@@ -31,6 +31,9 @@ def make_config(tmp_path, **settings):
         ({"annealing_start": 2.0}, "annealing_start is 2.0. Set"),
         ({"annealing_factor": 1.5}, "annealing_factor is 1.5. Set"),
         ({"eval_temperature": 0.0}, "eval_temperature is 0.0. Set"),
+        ({"length_bias_coef": -0.1}, "length_bias_coef is -0.1. Set"),
+        ({"length_bias_fraction": 1.1}, "length_bias_fraction is 1.1. Set"),
+        ({"max_resample_rounds": 0}, "max_resample_rounds is 0. Set"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs sets temperature to 0.5.*Set `temperature`"),
     ],
 )
@@ -52,6 +55,14 @@ def test_settings(tmp_path, settings, message):
 def test_vllm_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make_config(tmp_path, use_vllm=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"generation_batch_size": 64}])
+def test_a_world_size_that_does_not_divide_the_batch(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(E3GRPOConfig, "world_size", 3)
+    message = r"must be divisible by.*3 processes \(world size\) x per_device_train_batch_size \(4\).*Change one"
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        make_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **settings)
 
 
 def test_vllm_of_another_version(tmp_path, monkeypatch):

@@ -22,7 +22,14 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/config_*.yaml"))
 PAPER = [path for path in RECIPES if "DeepSeek-R1-Distill" in path.parent.name]
 README = (ROOT / "recipes" / "README.md").read_text()
-E3_BLOCK = {"rollout_allocation", "temperature_schedule", "output_dir"}
+# What each recipe sets otherwise than config_grpo.yaml, besides the output folder.
+BLOCKS = {
+    "e3": {"rollout_allocation": "rank", "temperature_schedule": "entropy"},
+    "grpo_er": {"entropy_coef": 1e-4},
+    "grpo_ts": {"temperature_schedule": "entropy", "annealing_start": None},
+    "grpo_ts_an": {"temperature_schedule": "entropy"},
+    "dapo": {"dynamic_sampling": True, "max_resample_rounds": 10, "epsilon_high": 0.28, "loss_type": "dapo"},
+}
 
 
 def parse(path: Path, *arguments: str) -> tuple[E3ScriptArguments, E3GRPOConfig, ModelConfig]:
@@ -72,14 +79,25 @@ def test_paper_recipes_have_the_papers_numbers(path):
     if model.use_peft:
         assert model.lora_dropout == 0, "with dropout, training scores another policy than the one that sampled"
         assert model.dtype == "float32", "merging and unmerging at every sync wears a bfloat16 base away"
-    assert (args.max_completion_length, args.beta, args.temperature, args.loss_type) == (6144, 0.0, 1.0, "grpo")
+    assert (args.max_completion_length, args.beta, args.temperature) == (6144, 0.0, 1.0)
+    assert args.loss_type == ("dapo" if "dapo" in path.name else "grpo")
     assert args.vllm_enable_sleep_mode
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in RECIPES}), ids=lambda folder: folder.name)
-def test_e3_and_grpo_differ_in_the_e3_block_alone(folder):
-    e3, grpo = (yaml.safe_load((folder / f"config_{name}.yaml").read_text()) for name in ("e3", "grpo"))
-    assert {key for key in e3 if e3[key] != grpo.get(key)} | (grpo.keys() - e3.keys()) == E3_BLOCK
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        *((folder, name) for folder in sorted({path.parent for path in PAPER}) for name in BLOCKS),
+        (ROOT / "recipes" / "quickstart", "e3"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_recipes_differ_from_grpo_in_their_own_block_alone(folder, name):
+    recipe, grpo = (yaml.safe_load((folder / f"config_{kind}.yaml").read_text()) for kind in (name, "grpo"))
+    differs = {key: value for key, value in recipe.items() if key not in grpo or value != grpo[key]}
+    assert differs.pop("output_dir") != grpo["output_dir"]
+    assert differs == BLOCKS[name]
+    assert not grpo.keys() - recipe.keys()
     assert (grpo["rollout_allocation"], grpo["temperature_schedule"]) == ("uniform", "constant")
 
 
@@ -101,7 +119,8 @@ def test_accelerate_config_is_understood(path):
 
 def test_every_command_of_the_readme_updates_on_512_rows():
     commands = re.findall(r"(accelerate_configs/\S+).*?(recipes/DeepSeek\S+yaml)(.*)", README.replace("\\\n", " "))
-    assert {recipe for _, recipe, _ in commands} == {str(path.relative_to(ROOT)) for path in PAPER}
+    named = {recipe for _, recipe, _ in commands} | {path for path in PAPER if f"`{path.stem}`" in README}
+    assert {ROOT / recipe for recipe in named} == set(PAPER)
     for config, recipe, arguments in commands:
         _, args, _ = parse(ROOT / recipe, *arguments.split())
         assert rows_per_update(args, load_config_from_file(str(ROOT / config)).num_processes) == 512

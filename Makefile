@@ -33,6 +33,7 @@ quality: install
 
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/rewards.py
 
 # One thread: on a model this small a second one brings little, and the numbers are the same on any number of cores.
 quickstart quickstart-compare: export OMP_NUM_THREADS := 1

@@ -6,7 +6,7 @@ from .callbacks import TemperatureCallback
 from .config import E3GRPOConfig
 from .difficulty import DifficultyTracker
 from .metrics import pass_at_k
-from .rewards import math_accuracy_reward
+from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
 from .sampler import RolloutBudgetSampler
 from .telemetry import read_rollouts
 from .temperature import TemperatureSchedule
@@ -26,6 +26,7 @@ __all__ = [
     "allocate_rollouts",
     "group_advantages",
     "math_accuracy_reward",
+    "math_reasoning_accuracy_reward",
     "pass_at_k",
     "read_rollouts",
 ]

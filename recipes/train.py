@@ -17,12 +17,18 @@ from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward, math_reasoning_accuracy_reward
 
 
 REWARD_FUNCS = {
     func.__name__: func
-    for func in (math_accuracy_reward, accuracy_reward, reasoning_accuracy_reward, think_format_reward)
+    for func in (
+        math_accuracy_reward,
+        math_reasoning_accuracy_reward,
+        accuracy_reward,
+        reasoning_accuracy_reward,
+        think_format_reward,
+    )
 }
 
 
@@ -33,9 +39,11 @@ class E3ScriptArguments(ScriptArguments):
 
     Args:
         reward_funcs (`list[str]`, *optional*, defaults to `["math_accuracy_reward"]`):
-            Reward functions: `math_accuracy_reward`, one of TRL's (`accuracy_reward`, `reasoning_accuracy_reward`,
-            `think_format_reward`), or a dotted path such as `my_package.rewards.my_reward`, looked up from the
-            current folder too. The first is the correctness signal unless `difficulty_reward_func` names another.
+            Reward functions: `math_accuracy_reward` (the last `\\boxed{}` counts, wherever it stands),
+            `math_reasoning_accuracy_reward` (only what follows `</think>`), one of TRL's (`accuracy_reward`,
+            `reasoning_accuracy_reward`, `think_format_reward`), or a dotted path such as
+            `my_package.rewards.my_reward`, looked up from the current folder too. The first is the correctness signal
+            unless `difficulty_reward_func` names another.
     """
 
     reward_funcs: list[str] = field(

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from dataclasses import dataclass, field
 
+from accelerate.utils import DistributedType
 from packaging.version import Version
 from trl import GRPOConfig
 
@@ -227,10 +228,12 @@ class E3GRPOConfig(GRPOConfig):
                 )
             self.make_temperature_schedule(vocab_size=3)
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched > 1 and self.world_size == 1:
+        # With a backend but a config for GPUs, accelerate counts the processes on a CPU and yet does not join them.
+        if launched > 1 and (self.world_size == 1 or self.distributed_state.distributed_type == DistributedType.NO):
             raise ValueError(
                 f"The launcher started {launched} processes (WORLD_SIZE), but this one trains alone. On a CPU set "
-                "ddp_backend to 'gloo', and DS_ACCELERATOR=cpu in the environment if DeepSpeed is used."
+                "ddp_backend to 'gloo', and DS_ACCELERATOR=cpu in the environment if DeepSpeed is used, or use_cpu to "
+                "True if not."
             )
         if self.use_vllm:
             self._check_vllm()

@@ -1,0 +1,128 @@
+"""Problems with answers, from files or the Hub: what is evaluated on, and what training data are made from."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+import pandas as pd
+from datasets import load_dataset
+
+
+# The first of these that a dataset has, in any case.
+COLUMNS = {
+    "prompt": ("problem", "prompt", "question"),
+    "solution": ("answer", "solution"),
+    "source": ("source", "data_source"),
+}
+FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+
+_LATEX_DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]|\\boxed")
+_WORDS = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+_TEXT_GROUP = re.compile(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*\}")
+# Commands that change how a formula looks and not what it says.
+_LATEX_LOOKS = re.compile(
+    r"\\(?:left|right|big{1,2}[lr]?|displaystyle|limits)(?![a-z])|\\[,;:!> ]|\\[()\[\]]|[_^]\{\}|[$~]"
+)
+
+
+def load_problems(name: str, split: str = "test", columns: dict[str, str] | None = None) -> pd.DataFrame:
+    """
+    Load problems and their answers.
+
+    Args:
+        name (`str`):
+            Parquet, JSON or JSON-lines file, or dataset on the Hub, with its configuration after a colon if it has
+            several (`"owner/name:config"`).
+        split (`str`, *optional*, defaults to `"test"`):
+            Split of a dataset on the Hub. One that has a single split gives that.
+        columns (`dict[str, str]`, *optional*):
+            Other columns to keep, `{name: column}`; and the columns of `prompt`, `solution` and `source`, where they
+            are not found by their usual names.
+
+    Returns:
+        `pd.DataFrame`: `prompt` (text or messages), `solution` (as [`mark_answer`] gives it; absent if the dataset
+        has none), `source` (the dataset's name if it has no such column), and the other columns asked for.
+
+    Raises:
+        `ValueError`: if there is no such file, split or column, or if a problem or an answer is missing.
+    """
+    path = Path(name)
+    if path.suffix in FILE_KINDS:
+        if not path.is_file():
+            raise ValueError(f"There is no file {name!r}. Check the path.")
+        dataset = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    else:
+        owner_name, _, config = name.partition(":")
+        splits = load_dataset(owner_name, config or None)
+        if split not in splits and len(splits) > 1:
+            raise ValueError(
+                f"{name!r} has the splits {list(splits)}, and no {split!r}. Save the right one as a file."
+            )
+        dataset = splits[split] if split in splits else next(iter(splits.values()))
+
+    found = {column.lower(): column for column in reversed(dataset.column_names)}
+    renamed = {}
+    for key, usual in COLUMNS.items():
+        column = next((found[candidate] for candidate in usual if candidate in found), None)
+        if column is not None:
+            renamed[key] = column
+    renamed |= {key: column for key, column in (columns or {}).items() if column is not None}
+    for key, column in {"prompt": "one of " + ", ".join(COLUMNS["prompt"]), **renamed}.items():
+        if renamed.get(key) not in dataset.column_names:
+            raise ValueError(
+                f"{name!r} has no column {column!r} ({key}), only {dataset.column_names}. Name its column."
+            )
+    frame = pd.DataFrame({key: dataset[column][:] for key, column in renamed.items()})
+    for key in ("prompt", "solution"):
+        if key in frame and frame[key].isna().any():
+            raise ValueError(f"{name!r} has no {key} in row {frame[key].isna().idxmax()}. Fill it in or drop the row.")
+    if "solution" in frame:
+        frame["solution"] = [mark_answer(str(answer)) for answer in frame["solution"]]
+    if "source" not in frame:
+        frame["source"] = path.stem if path.suffix in FILE_KINDS else owner_name.rsplit("/", 1)[-1]
+    return frame
+
+
+def mark_answer(answer: str) -> str:
+    r"""
+    Mark a bare answer as a formula: math-verify reads LaTeX between delimiters only, and picks a number out of other
+    text.
+
+    Example:
+
+    ```python
+    >>> mark_answer(r"2\sqrt{5}")  # bare, it is read as 2
+    '$2\\sqrt{5}$'
+    >>> mark_answer(r"\boxed{7}"), mark_answer("none of these")
+    ('\\boxed{7}', 'none of these')
+
+    ```
+    """
+    answer = answer.strip()
+    if _LATEX_DELIMITER.search(answer) or _WORDS.search(_TEXT_GROUP.sub("", answer)):
+        return answer
+    return f"${answer}$"
+
+
+def problem_text(prompt: str | list[dict[str, str]]) -> str:
+    """The problem itself: of a conversation, the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def normalize_problem(prompt: str | list[dict[str, str]]) -> str:
+    r"""
+    What two writings of one problem have in common: without Unicode variants (NFKC), case, white space, `$`, the LaTeX
+    that changes the looks alone, and a full stop at the end. To compare, not to read.
+
+    Example:
+
+    ```python
+    >>> normalize_problem("Find  $\\dfrac12 \\left( x \\right)$.") == normalize_problem("find \\(\\frac12(x)\\)")
+    True
+
+    ```
+    """
+    text = unicodedata.normalize("NFKC", problem_text(prompt)).casefold()
+    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text).replace(r"\%", "%")
+    text = re.sub(r"\s+", "", _LATEX_LOOKS.sub(" ", text)).rstrip(".")
+    return re.sub(r"([_^])\{(\w|\\[a-z]+)\}", r"\1\2", text)

@@ -32,6 +32,7 @@ from .config import E3GRPOConfig
 from .difficulty import DifficultyTracker
 from .dynamic_sampling import DynamicSampling
 from .generation import RolloutGeneration, VLLMServerError
+from .metrics import validation_metrics
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
 from .temperature import EntropyWindow
@@ -65,7 +66,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_calculate_rewards` | keep the gathered rewards and completion lengths |
     | `_generate_and_score_completions` | advantages for groups of any size; count rewards towards difficulty |
     | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule |
-    | `evaluation_loop` | evaluate at `eval_temperature` |
+    | `evaluation_loop` | evaluate at `eval_temperature`; log pass@1 and pass@k |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | E3's state in the checkpoint |
 
     Args:
@@ -137,6 +138,7 @@ class E3GRPOTrainer(GRPOTrainer):
         self._num_generation_batches = 0
         self._inside_optimizer_step = False
         self._scored, self._kept_rows = [], None
+        self._eval_correctness: list[torch.Tensor] = []
         kwargs["callbacks"] = [
             *(kwargs.get("callbacks") or []),
             EngineCheckCallback(self, [train_dataset, *eval_list]),
@@ -224,7 +226,11 @@ class E3GRPOTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if not self.model.training or self.difficulty_tracker is None:
+        if not self.model.training:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self._eval_correctness.append(rewards_per_func[:, self._difficulty_reward_index])
+            return rewards_per_func
+        if self.difficulty_tracker is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._kept_rows is not None:  # dynamic sampling had to score them to know which to keep
             return torch.cat([rewards for rewards, _ in self._scored])[self._kept_rows]
@@ -336,13 +342,21 @@ class E3GRPOTrainer(GRPOTrainer):
             self.entropy_window.add(metrics["entropy"][-1], num_tokens)
         return loss
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
         training_temperature = self.temperature
         self.temperature = self.args.eval_temperature or self.args.temperature
+        self._eval_correctness.clear()
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self.temperature = training_temperature
+        if self._eval_correctness:
+            samples = torch.cat(self._eval_correctness).view(-1, self.num_generations_eval).cpu().numpy()
+            if isinstance(dataloader.dataset, Dataset):
+                samples = samples[: len(dataloader.dataset)]  # the last batch is filled up with the first prompts
+            for name, value in validation_metrics(samples).items():
+                self._metrics["eval"][name].append(value)
+        return output
 
     def _save_checkpoint(self, model, trial):
         # Before TRL's part, whose last file marks the checkpoint as complete.

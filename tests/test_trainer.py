@@ -376,6 +376,31 @@ def test_evaluation_is_fixed_in_group_size_and_temperature(make_trainer):
     assert len(logged(plain, "temperature")) == len(logged(trainer, "temperature"))
 
 
+def test_evaluation_logs_pass_at_k_of_the_correctness_reward(make_trainer):
+    def third_reward(prompts, completions, **kwargs):
+        """Right on one of the three samples of every other prompt, and a prompt too many would be seen."""
+        seen: dict[str, int] = {}
+        for prompt in prompts:
+            seen[prompt] = seen.get(prompt, 0) + 1
+        copies = {prompt: iter(range(count)) for prompt, count in seen.items()}
+        return [float(int(prompt[5:-1]) % 2 == 0 and next(copies[prompt]) == 0) for prompt in prompts]
+
+    trainer = make_trainer(
+        reward_funcs=[length_reward, third_reward],
+        difficulty_reward_func="third_reward",
+        eval_dataset=make_dataset(5),
+        per_device_eval_batch_size=6,
+        num_generations_eval=3,
+        eval_strategy="steps",
+        eval_steps=4,
+        max_steps=8,
+    )
+    trainer.train()
+    # Prompts 0, 2 and 4 of five are right once in three samples.
+    assert logged(trainer, "eval_pass@1") == pytest.approx([3 / 5 / 3] * 2)
+    assert logged(trainer, "eval_pass@3") == pytest.approx([3 / 5] * 2)
+
+
 def test_evaluation_temperature_is_the_configured_one_by_default(make_trainer):
     trainer = make_trainer(eval_dataset=make_dataset(4), per_device_eval_batch_size=4, temperature=0.8)
     trainer.temperature = 1.3

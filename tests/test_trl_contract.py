@@ -84,9 +84,9 @@ def test_class_docstring_lists_every_override():
 
 
 HOOKED_ATTRIBUTES = {
-    "_buffered_inputs", "_logs", "_metrics", "_step", "generation_config", "generation_kwargs",
-    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_func_names",
-    "reward_weights", "scale_rewards", "state", "use_vllm",
+    "_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_step", "generation_config", "generation_kwargs",
+    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model",
+    "reward_func_names", "reward_weights", "scale_rewards", "state", "use_vllm",
 }  # fmt: skip
 
 

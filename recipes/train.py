@@ -83,6 +83,12 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
 
 def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
     dataset = load_data(script_args)
+    splits = {"dataset_train_split": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["dataset_test_split"] = script_args.dataset_test_split
+    for name, split in splits.items():
+        if split not in dataset:
+            raise ValueError(f"{name} is {split!r}, but the dataset has only {list(dataset)}. Set it to one of them.")
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -106,6 +112,9 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
+def make_parser() -> TrlParser:
+    return TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
+
+
 if __name__ == "__main__":
-    parser = TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    main(*make_parser().parse_args_and_config())

@@ -401,6 +401,14 @@ def test_evaluation_logs_pass_at_k_of_the_correctness_reward(make_trainer):
     assert logged(trainer, "eval_pass@3") == pytest.approx([3 / 5] * 2)
 
 
+def test_evaluation_with_one_sample_per_prompt(make_trainer):
+    metrics = make_trainer(
+        eval_dataset=make_dataset(8), per_device_eval_batch_size=4, num_generations_eval=1
+    ).evaluate()
+    assert metrics["eval_pass@1"] == pytest.approx(metrics["eval_rewards/vowel_reward/mean"])
+    assert 0 < metrics["eval_pass@1"] < 1
+
+
 def test_evaluation_temperature_is_the_configured_one_by_default(make_trainer):
     trainer = make_trainer(eval_dataset=make_dataset(4), per_device_eval_batch_size=4, temperature=0.8)
     trainer.temperature = 1.3

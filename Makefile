@@ -6,7 +6,7 @@ GPU := $(shell command -v nvidia-smi)
 BIN := .venv/bin
 RUN := outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: install test quality quickstart quickstart-compare benchmark
+.PHONY: install test quality quickstart quickstart-compare benchmark push
 
 install: .venv/installed
 
@@ -48,3 +48,7 @@ quickstart: install
 quickstart-compare: quickstart
 	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml --seed $(SEED) --output_dir $(RUN)-grpo
 	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
+
+# A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 REPO=me/my-model
+push: install
+	$(BIN)/python recipes/push.py "$(MODEL)" "$(REPO)"

@@ -4,6 +4,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
+
 
 class TemperatureSchedule:
     r"""
@@ -193,3 +195,49 @@ class EntropyWindow:
     def reset(self) -> None:
         """Begin a new window."""
         self.entropy_sum, self.num_tokens, self.num_steps = 0.0, 0, 0
+
+
+def mean_entropy(logits: np.ndarray, temperature: float) -> float:
+    """
+    Mean entropy of softmax(logits / temperature).
+
+    Args:
+        logits (`np.ndarray` of shape `(T, V)`): one distribution per row.
+        temperature (`float`): above 0.
+
+    Returns:
+        `float`: in nats per token.
+    """
+    scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    weights = np.exp(scaled)
+    total = weights.sum(axis=1)
+    # -sum p ln p with p = w / sum w; a weight of 0 has a scaled logit of -inf at most, and counts nothing.
+    weighted = np.where(weights > 0, weights * scaled, 0.0).sum(axis=1)
+    return float((np.log(total) - weighted / total).mean())
+
+
+def exact_temperature(logits: np.ndarray, target_entropy: float) -> float:
+    """
+    The temperature at which the mean entropy of softmax(logits / temperature) is `target_entropy`, which Eq. 4
+    approximates. Entropy rises with temperature, so it is found by bisection.
+
+    Args:
+        logits (`np.ndarray` of shape `(T, V)`): one distribution per row.
+        target_entropy (`float`): in nats per token, above 0 and below ln V.
+
+    Returns:
+        `float`, to 1e-6 of itself.
+
+    Raises:
+        `ValueError`: if no temperature between 0.01 and 100 reaches the target.
+    """
+    low, high = 1e-2, 1e2
+    if not mean_entropy(logits, low) < target_entropy < mean_entropy(logits, high):
+        raise ValueError(
+            f"target_entropy is {target_entropy}, and no temperature between {low} and {high} reaches it with these "
+            "distributions. Set it between 0 and ln |V|."
+        )
+    while high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if mean_entropy(logits, middle) < target_entropy else (low, middle)
+    return math.sqrt(low * high)

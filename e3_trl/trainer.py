@@ -33,6 +33,8 @@ from .difficulty import DifficultyTracker
 from .dynamic_sampling import DynamicSampling
 from .generation import RolloutGeneration, VLLMServerError
 from .metrics import validation_metrics
+from .publishing import complete_model_card
+from .runs import describe_run
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
 from .temperature import EntropyWindow
@@ -68,6 +70,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule |
     | `evaluation_loop` | evaluate at `eval_temperature`; log pass@1 and pass@k |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | E3's state in the checkpoint |
+    | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs:
@@ -367,6 +370,19 @@ class E3GRPOTrainer(GRPOTrainer):
             if self.args.should_save:
                 save_state(folder, self._state_dict(), self.difficulty_tracker.state_dict())
         super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        # The Hub refuses a card that names a local file as its dataset.
+        on_hub = dataset_name is not None and not os.path.exists(dataset_name)
+        super().create_model_card(model_name, dataset_name if on_hub else None, tags)
+        if self.is_world_process_zero():
+            origin = {
+                "model_name_or_path": self.model.config._name_or_path,
+                "reward_funcs": ", ".join(self.reward_func_names),
+                **({} if self.difficulty_tracker is None else self._dataset),
+            }
+            describe_run(self.args.output_dir, self.args, self.state, origin)
+            complete_model_card(self.args.output_dir)
 
     def _state_dict(self) -> dict:
         """What `e3_state.json` holds: all that cannot be recomputed, and what a reader wants to know."""

@@ -13,11 +13,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward, math_reasoning_accuracy_reward
+from e3_trl.publishing import FIGURES, check_hub_access, publish
 
 
 REWARD_FUNCS = {
@@ -82,6 +84,9 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
 
 
 def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
+    repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    if training_args.push_to_hub and training_args.process_index == 0:
+        check_hub_access(repo_id, training_args.hub_token, training_args.hub_private_repo)
     dataset = load_data(script_args)
     splits = {"dataset_train_split": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
@@ -107,9 +112,15 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_state()
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # Not `push_to_hub`, which a plain `save_model` also calls: the figures are to go with the model, in one commit.
+    trainer.save_model(training_args.output_dir, _internal_call=True)
+    if trainer.is_world_process_zero() and is_matplotlib_available():
+        from e3_trl.figures import draw_runs
+
+        draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
+    trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)
+    if training_args.push_to_hub and trainer.is_world_process_zero():
+        publish(training_args.output_dir, repo_id, training_args.hub_token, revision=training_args.hub_revision)
 
 
 def make_parser() -> TrlParser:

@@ -14,7 +14,7 @@ from recipes.quickstart.task import exact_answer_reward, write_solution
 
 
 ROOT = Path(__file__).parent.parent
-FIGURES = {"entropy.png", "temperature.png", "budgets.png", "all_wrong.png", "reward.png"}
+FIGURES = {"entropy", "temperature", "budgets", "all_wrong", "all_wrong_difference", "reward", "pass_at_k"}
 
 
 def run(folder, *command):
@@ -35,9 +35,11 @@ def test_prepares_trains_and_reports(tmp_path):
     table = run(tmp_path, "recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
     assert "pass@16" in table
     folder = tmp_path / "outputs" / "quickstart"
-    assert {path.name for path in (folder / "figures").iterdir()} == FIGURES
+    assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
     report = json.loads((folder / "report.json").read_text())
     assert report.keys() >= {"before", "quickstart", "quickstart-grpo"}
+    assert report["seed"] == 0
+    assert report["settings"]["temperature_schedule"] == "entropy"
     assert set(report["before"]["pass@1"]) == {"2", "3", "4", "5", "6", "7", "8", "all"}
     train, test = (
         {json.loads(line)["prompt"] for line in (tmp_path / f"outputs/quickstart-base/{name}.jsonl").open()}

@@ -1,0 +1,162 @@
+"""A run on the Hub: what its model card says about E3, and the upload."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import httpx
+from huggingface_hub import ModelCard, auth_check, constants, create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .runs import read_benchmarks, read_report
+
+
+BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"
+FIGURES = "figures"
+
+
+class HubError(RuntimeError):
+    """The Hub cannot be used as asked; the message says what to do."""
+
+
+def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
+    """
+    Write what `report.json` and `figures/` say into TRL's model card: settings, results, figures. What an earlier
+    call wrote is replaced.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder, with the `README.md` that TRL wrote.
+        repo_id (`str`, *optional*): where the model will be, for the card's code.
+    """
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    text = re.sub(f"{BEGIN}.*?{END}\n\n", "", card.text, flags=re.DOTALL)
+    text = text.replace("[None](https://huggingface.co/None)", "a local model")
+    if repo_id is not None:
+        text = re.sub(r'model="[^"]*", device_map', f'model="{repo_id}", device_map', text)
+    section = f"{BEGIN}\n{_section(Path(folder))}\n{END}\n\n"
+    heading = "### Framework versions"
+    card.text = text.replace(heading, section + heading, 1) if heading in text else f"{text}\n\n{section}"
+    temporary = path.with_name("README.md.tmp")
+    card.save(temporary)
+    os.replace(temporary, path)
+
+
+def _section(folder: Path) -> str:
+    """The card's own part, in Markdown."""
+    report, benchmarks = read_report(folder), read_benchmarks(folder)
+    parts = []
+    if "settings" in report:
+        rows = [(f"`{name}`", f"`{value}`") for name, value in report["settings"].items() if value is not None]
+        intro = f"Seed {report['seed']}, {report['step']} steps. All of them: `training_args.json`."
+        parts += ["### Settings", intro, _table(("setting", "value"), rows)]
+    if benchmarks:
+        ks = sorted({k for result in benchmarks.values() for k in result})
+        rows = [
+            (name, *(f"{100 * result[k]:.2f}" if k in result else "" for k in ks))
+            for name, result in benchmarks.items()
+        ]
+        parts += ["### Results", _table(("benchmark", *(f"pass@{k} (%)" for k in ks)), rows)]
+    if report.get("metrics"):
+        shown = [name for name in report["metrics"] if name in _METRICS or name.startswith("eval_")]
+        rows = [(f"`{name}`", f"{report['metrics'][name]:.4g}") for name in shown]
+        parts += ["### Last metrics of the training", _table(("metric", "value"), rows)]
+    figures = sorted((folder / FIGURES).glob("*.png"))
+    if figures:
+        parts += ["### Figures", *(f"![{figure.stem}]({FIGURES}/{figure.name})" for figure in figures)]
+    return "\n\n".join(parts)
+
+
+_METRICS = ("reward", "entropy", "target_entropy", "temperature", "rollouts/all_wrong", "rollouts/all_correct")
+
+
+def _table(header: tuple, rows: list[tuple]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def check_hub_access(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+    """
+    Create the model repository if it is not there, and make sure that it may be written to.
+
+    Args:
+        repo_id (`str`): `"name"` or `"namespace/name"`.
+        token (`str`, *optional*): of the Hub. If `None`, the one of `HF_TOKEN` or of `hf auth login`.
+        private (`bool`, *optional*): whether a new repository is private.
+
+    Returns:
+        `str`: the repository's full name.
+
+    Raises:
+        [`HubError`]: no token, a wrong one, one that may not write there, or no connection; it says what to do.
+    """
+    with _explained(f"{repo_id} cannot be written to on {constants.ENDPOINT}"):
+        repo_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
+        auth_check(repo_id, token=token, write=True)
+    return repo_id
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """
+    Upload a run folder: model, tokenizer, training arguments, report, figures and model card, not its checkpoints.
+    What an interrupted upload brought over is not sent again.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder.
+        repo_id (`str`): `"name"` or `"namespace/name"`.
+        token, private: as in [`check_hub_access`].
+        revision (`str`, *optional*): branch to commit to.
+
+    Returns:
+        `str`: URL of the commit.
+
+    Raises:
+        `ValueError`: if the folder holds no trained model.
+        [`HubError`]: the Hub refused or could not be reached; it says what to do. The folder is as it was.
+    """
+    folder = Path(folder)
+    missing = [name for name in ("config.json", "README.md") if not (folder / name).is_file()]
+    if (folder / "adapter_config.json").is_file():
+        missing = [name for name in missing if name != "config.json"]
+    if missing:
+        raise ValueError(f"{folder} holds no {missing[0]}. Give the output_dir of a finished training.")
+    repo_id = check_hub_access(repo_id, token, private)
+    complete_model_card(folder, repo_id)
+    with _explained(f"{folder} was not uploaded to {repo_id}, and is complete on disk"):
+        commit = upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            token=token,
+            revision=revision,
+            commit_message="End of training",
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.old", "*.tmp"],
+        )
+    return commit.commit_url
+
+
+@contextlib.contextmanager
+def _explained(what: str):
+    """Turn whatever goes wrong with the Hub into a [`HubError`] that begins with `what` and ends with a remedy."""
+    try:
+        yield
+    # A failed upload of a large file is a RuntimeError, its cause what the Hub answered.
+    except (httpx.HTTPError, OSError, RuntimeError) as error:
+        cause = error if isinstance(error, httpx.HTTPError) else error.__cause__
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if status == 401:
+            remedy = "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write"
+        elif status == 403:
+            remedy = "Use a token that can write there, or another repository (hub_model_id; REPO of `make push`)"
+        else:
+            remedy = "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        raise HubError(
+            f"{what}: {error}\n{remedy}, then try again: after a training `make push MODEL=<output_dir> REPO=<name>`."
+        ) from error

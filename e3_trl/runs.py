@@ -1,0 +1,99 @@
+"""
+What a run folder says about its run, as JSON: written by the trainer with every checkpoint, read by the figures and by
+the model card.
+
+- `training_args.json`: every training argument, and what was trained on what
+- `report.json`: seed, settings, the last metrics; an evaluation adds `benchmarks`
+- `trainer_state.json`: transformers' log, in the folder or in its checkpoints
+"""
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import GRPOConfig
+
+from .checkpoint import last_complete_checkpoint
+
+
+ARGS_FILE = "training_args.json"
+REPORT_FILE = "report.json"
+# Of TRL's settings those that a reader of results asks for first; `training_args.json` has all.
+SETTINGS = {
+    "beta", "entropy_coef", "epsilon", "epsilon_high", "generation_batch_size", "learning_rate", "loss_type",
+    "lr_scheduler_type", "max_completion_length", "num_generations", "num_iterations", "num_train_epochs",
+    "scale_rewards", "temperature",
+}  # fmt: skip
+
+
+def describe_run(folder: str | Path, args: GRPOConfig, state: TrainerState, origin: dict) -> None:
+    """
+    Write `training_args.json` and `report.json` anew: results of another training in the same folder would be wrong.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder.
+        args (`GRPOConfig`): the training arguments; tokens are left out.
+        state (`TrainerState`): step and log of the run.
+        origin (`dict`): what `args` do not say, such as the model and the dataset.
+    """
+    values = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    write_json(Path(folder) / ARGS_FILE, {**origin, **values})
+    own = {field.name for field in fields(args)} - {field.name for field in fields(GRPOConfig)}
+    settings = {name: value for name, value in values.items() if name in own or name in SETTINGS}
+    metrics = {}
+    for entry in state.log_history:
+        metrics |= {name: value for name, value in entry.items() if isinstance(value, float | int)}
+    report = {"seed": args.seed, "step": state.global_step, "settings": {**origin, **settings}, "metrics": metrics}
+    write_json(Path(folder) / REPORT_FILE, report)
+
+
+def read_settings(folder: str | Path) -> dict | None:
+    """The run's `training_args.json`, or `None` if it was not written by this trainer."""
+    path = Path(folder) / ARGS_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_report(path: str | Path) -> dict:
+    """`report.json` of a run folder, or the report that is `path` itself; empty if there is none."""
+    path = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """
+    The run's log history, from the folder or from its last complete checkpoint, whichever went further; empty if
+    neither has one.
+    """
+    states = []
+    for place in (folder, last_complete_checkpoint(folder)):
+        if place is not None and (Path(place) / TRAINER_STATE_NAME).is_file():
+            states.append(json.loads((Path(place) / TRAINER_STATE_NAME).read_text()))
+    return max(states, key=lambda state: state["global_step"])["log_history"] if states else []
+
+
+def read_benchmarks(path: str | Path) -> dict[str, dict[int, float]]:
+    """
+    pass@k of an evaluated model.
+
+    Args:
+        path (`str` or `Path`): a folder with `report.json`, or a report.
+
+    Returns:
+        `dict`: by benchmark and k; empty if nothing was evaluated.
+    """
+    benchmarks = read_report(path).get("benchmarks", {})
+    return {
+        name: {int(k): value for k, value in sorted(result["pass@k"].items(), key=lambda item: int(item[0]))}
+        for name, result in benchmarks.items()
+    }
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(temporary, path)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .runs import read_benchmarks, read_log, read_settings
 from .telemetry import FILE_NAME, read_rollouts
-from .temperature import TemperatureSchedule, exact_temperature, mean_entropy
+from .temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
 
 
 # What may differ between two runs of one method.
@@ -297,6 +297,8 @@ def draw_formula(logits: np.ndarray, path: str | Path) -> dict[str, list[float]]
     """
     entropy = mean_entropy(logits, 1.0)
     alphas = np.linspace(0.5, 1.5, 21)
+    # Entropy has a limit, the closer the flatter the distributions are already.
+    alphas = alphas[alphas * entropy < mean_entropy(logits, EXACT_TEMPERATURES[1])]
     result = {"alpha": alphas.tolist(), "exact": [], "formula": [], "entropy": []}
     for alpha in alphas:
         schedule = TemperatureSchedule(logits.shape[1], target_entropy=alpha * entropy)

@@ -149,14 +149,13 @@ def _explained(what: str):
         yield
     # A failed upload of a large file is a RuntimeError, its cause what the Hub answered.
     except (httpx.HTTPError, OSError, RuntimeError) as error:
-        cause = error if isinstance(error, httpx.HTTPError) else error.__cause__
+        cause = error if isinstance(error, httpx.HTTPError) else error.__cause__ or error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if status == 401:
-            remedy = "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write"
-        elif status == 403:
-            remedy = "Use a token that can write there, or another repository (hub_model_id; REPO of `make push`)"
-        else:
-            remedy = "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        remedy = {
+            401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write.",
+            403: "Use a token that can write there, or another repository (hub_model_id, or REPO of `make push`).",
+        }.get(status, "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE).")
         raise HubError(
-            f"{what}: {error}\n{remedy}, then try again: after a training `make push MODEL=<output_dir> REPO=<name>`."
+            f"{what}: {cause}\n{remedy} What is trained already goes up with "
+            "`make push MODEL=<output_dir> REPO=<name>`."
         ) from error

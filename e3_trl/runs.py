@@ -8,6 +8,7 @@ the model card.
 """
 
 import json
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -45,7 +46,7 @@ def describe_run(folder: str | Path, args: GRPOConfig, state: TrainerState, orig
     settings = {name: value for name, value in values.items() if name in own or name in SETTINGS}
     metrics = {}
     for entry in state.log_history:
-        metrics |= {name: value for name, value in entry.items() if isinstance(value, float | int)}
+        metrics |= {k: v for k, v in entry.items() if isinstance(v, float | int) and math.isfinite(v)}
     report = {"seed": args.seed, "step": state.global_step, "settings": {**origin, **settings}, "metrics": metrics}
     write_json(Path(folder) / REPORT_FILE, report)
 

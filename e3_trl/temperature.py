@@ -197,6 +197,9 @@ class EntropyWindow:
         self.entropy_sum, self.num_tokens, self.num_steps = 0.0, 0, 0
 
 
+EXACT_TEMPERATURES = 0.01, 100.0
+
+
 def mean_entropy(logits: np.ndarray, temperature: float) -> float:
     """
     Mean entropy of softmax(logits / temperature).
@@ -211,8 +214,8 @@ def mean_entropy(logits: np.ndarray, temperature: float) -> float:
     scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
     weights = np.exp(scaled)
     total = weights.sum(axis=1)
-    # -sum p ln p with p = w / sum w; a weight of 0 has a scaled logit of -inf at most, and counts nothing.
-    weighted = np.where(weights > 0, weights * scaled, 0.0).sum(axis=1)
+    # -sum p ln p with p = w / sum w; a token that is ruled out (logit -inf) counts nothing.
+    weighted = (weights * np.where(weights > 0, scaled, 0.0)).sum(axis=1)
     return float((np.log(total) - weighted / total).mean())
 
 
@@ -231,7 +234,7 @@ def exact_temperature(logits: np.ndarray, target_entropy: float) -> float:
     Raises:
         `ValueError`: if no temperature between 0.01 and 100 reaches the target.
     """
-    low, high = 1e-2, 1e2
+    low, high = EXACT_TEMPERATURES
     if not mean_entropy(logits, low) < target_entropy < mean_entropy(logits, high):
         raise ValueError(
             f"target_entropy is {target_entropy}, and no temperature between {low} and {high} reaches it with these "

@@ -7,7 +7,6 @@ Figure 2 (Eq. 4 against the exact temperature) is drawn too, on next-token distr
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -51,25 +50,26 @@ def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np
     return torch.stack([logits[index] for index in chosen]).numpy()
 
 
-def main(args: argparse.Namespace) -> None:
-    folder = Path(args.output_dir)
-    written = draw_runs(args.runs, folder)
-    model = args.model or MODEL
-    if args.model or Path(MODEL).is_dir():
-        logits = sample_logits(model, args.prompts or f"{model}/test.jsonl", args.max_new_tokens)
-        written.append(folder / "formula.png")
-        result = draw_formula(logits, written[-1])
-        (folder / "formula.json").write_text(json.dumps(result, indent=2) + "\n")
-    else:
-        print(f"No figure of Eq. 4: {MODEL} is not there. Name a model with --model.")
-    print("Written: " + " ".join(map(str, written)))
-
-
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or reports of recipes/evaluate.py")
     parser.add_argument("--output_dir", default="figures", help="where to write (figures)")
     parser.add_argument("--model", help=f"model for the figure of Eq. 4 ({MODEL}, if it is there)")
     parser.add_argument("--prompts", help="parquet or JSON-lines file with a column prompt (<model>/test.jsonl)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of each completion (64)")
-    main(parser.parse_args())
+    args = parser.parse_args(arguments)
+
+    folder = Path(args.output_dir)
+    written = draw_runs(args.runs, folder)
+    model = args.model or MODEL
+    if args.model or Path(MODEL).is_dir():
+        logits = sample_logits(model, args.prompts or f"{model}/test.jsonl", args.max_new_tokens)
+        written.append(folder / "formula.png")
+        draw_formula(logits, written[-1])
+    else:
+        print(f"No figure of Eq. 4: {MODEL} is not there. Name a model with --model.")
+    print("Written: " + " ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ Upload a finished run to the Hub, or complete an upload that failed.
 """
 
 import argparse
+import sys
 
-from e3_trl.publishing import publish
+from e3_trl.publishing import HubError, publish
 
 
 if __name__ == "__main__":
@@ -17,4 +18,7 @@ if __name__ == "__main__":
         "--private", action="store_true", default=None, help="if the repository is new, make it private"
     )
     args = parser.parse_args()
-    print(f"Uploaded: {publish(args.folder, args.repo, private=args.private)}")
+    try:
+        print(f"Uploaded: {publish(args.folder, args.repo, private=args.private)}")
+    except (HubError, ValueError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,207 @@
+"""A run goes to a Hub (tests/hub_server.py) and comes back from it; what goes wrong is named, and nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.hf_api
+import pytest
+import yaml
+from conftest import make_dataset
+from hub_server import READ, WRITE, Hub
+from huggingface_hub import ModelCard, constants
+from trl import ModelConfig
+
+from e3_trl import E3GRPOConfig
+from e3_trl.publishing import HubError, complete_model_card, publish
+from recipes.train import E3ScriptArguments, main
+
+
+ROOT = Path(__file__).parent.parent
+REPO = "me/run"
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path):
+    """This process takes `hub` for the Hub, and nobody is logged in."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def run(hub, tmp_path, token, *command):
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token or "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def train(hub, tmp_path, token, model_path):
+    make_dataset().to_json(tmp_path / "train.jsonl")
+    fields = {
+        "model_name_or_path": model_path,
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "reward_funcs": ["tests.conftest.vowel_reward"],
+        "bf16": False,
+        "dtype": "float32",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "num_generations": 4,
+        "num_generations_max": 8,
+        "num_generations_min": 2,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 16,
+        "push_to_hub": True,
+        "report_to": "none",
+        "save_steps": 2,
+        "use_cpu": True,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    return run(hub, tmp_path, token, "recipes/train.py", "--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.fixture
+def folder(make_trainer, tmp_path):
+    """The folder of a finished run of 2 steps."""
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    trainer.create_model_card("run")
+    return tmp_path / "run"
+
+
+def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
+    done = train(hub, tmp_path, WRITE, model_path)
+    assert done.returncode == 0, done.stderr
+    files = hub.repos[REPO]
+    assert files.keys() >= {
+        "README.md", "config.json", "figures/entropy.png", "figures/temperature.png", "model.safetensors",
+        "report.json", "rollouts.jsonl", "tokenizer.json", "training_args.bin", "training_args.json",
+    }  # fmt: skip
+    assert not any(path.startswith("checkpoint") for path in files)
+    settings = json.loads(files["training_args.json"])
+    assert settings["temperature_schedule"] == "entropy"
+    assert settings["max_steps"] == 4
+    assert WRITE.encode() not in b"".join(files.values())
+    assert json.loads(files["report.json"])["step"] == 4
+    # transformers also pushes at every save, without the figures; the last push is ours.
+    assert [message for _, message, _ in hub.commits][-1] == "End of training"
+
+    card = ModelCard(files["README.md"].decode())
+    assert set(card.data.tags) >= {"e3", "trl", "grpo"}
+    assert card.data.library_name == "transformers"
+    for text in (
+        "`temperature_schedule` | `entropy`",
+        "| `reward` |",
+        "figures/entropy.png",
+        "liao2025enhancing",
+        REPO,
+    ):
+        assert text in card.text
+
+    load = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        f"t = T.from_pretrained('{REPO}'); m = M.from_pretrained('{REPO}'); i = t('say a0:', return_tensors='pt');"
+        "print(m.generate(**i, min_new_tokens=3, max_new_tokens=3).shape[1] - i['input_ids'].shape[1])"
+    )
+    done = run(hub, tmp_path, None, "-c", load)
+    assert done.stdout.strip() == "3", done.stderr
+
+
+def test_no_token_is_noticed_before_anything_is_read(here):
+    training_args = E3GRPOConfig("run", push_to_hub=True, use_cpu=True, bf16=False)
+    with pytest.raises(HubError, match="hf auth login"):
+        main(E3ScriptArguments(dataset_name="none.parquet"), training_args, ModelConfig("no_model"))
+
+
+def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
+    # Enough for the saves, which transformers pushes in the background and without a word if that fails, and the end.
+    hub.failures = 9 * [("POST", "/commit/", "drop")]
+    done = train(hub, tmp_path, WRITE, model_path)
+    assert done.returncode != 0
+    assert "complete on disk" in done.stderr
+    assert "make push MODEL=" in done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert hub.commits == []
+    hub.failures.clear()
+    sent = len(hub.uploads)
+    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), "run")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.repos[REPO]
+    assert len(hub.uploads) == sent  # what had come over was not sent again
+
+
+@pytest.mark.parametrize(
+    ("token", "remedy"),
+    [(None, "hf auth login"), ("hf_wrong", "hf auth login"), (READ, "token that can write there")],
+    ids=["no token", "wrong token", "token that may only read"],
+)
+def test_a_token_that_will_not_do_is_named(hub, here, folder, token, remedy):
+    hub.repos[REPO] = {}  # it is there already, so that not creating it is what fails
+    with pytest.raises(HubError, match=remedy):
+        publish(folder, REPO, token)
+    assert hub.commits == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (("POST", "/preupload/", 403), "token that can write there"),
+        (("PUT", "/large/", 403), "token that can write there"),
+        (("POST", "/commit/", 500), "Check the connection"),
+        (("POST", "/commit/", "drop"), "Check the connection"),
+    ],
+    ids=str,
+)
+def test_a_second_push_completes_a_first_that_failed(hub, here, folder, failure, message):
+    hub.failures = [failure]
+    with pytest.raises(HubError, match=message):
+        publish(folder, REPO, WRITE)
+    assert hub.commits == []
+    publish(folder, REPO, WRITE)
+    assert hub.repos[REPO]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_dropped_connection_is_tried_again(hub, here, folder):
+    hub.failures = [("PUT", "/large/", "drop")]
+    publish(folder, REPO, WRITE)
+    assert hub.failures == []
+    assert hub.repos[REPO]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_an_unfinished_folder_is_refused_before_the_hub_is_asked(here, tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json"):
+        publish(tmp_path, REPO, WRITE)
+
+
+def test_the_card_shows_results_once(folder):
+    report = json.loads((folder / "report.json").read_text())
+    report["benchmarks"] = {"AIME 2024": {"pass@k": {"16": 0.75, "1": 0.3125}}}
+    (folder / "report.json").write_text(json.dumps(report))
+    for _ in range(2):
+        complete_model_card(folder, REPO)
+    text = (folder / "README.md").read_text()
+    assert "| benchmark | pass@1 (%) | pass@16 (%) |\n| --- | --- | --- |\n| AIME 2024 | 31.25 | 75.00 |" in text
+    assert text.count("### Settings") == text.count("AIME 2024") == 1
+    assert f'model="{REPO}"' in text
+    assert "huggingface.co/None" not in text

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .runs import read_benchmarks, read_log, read_settings
+from .runs import read_benchmarks, read_log, read_report, read_settings
 from .telemetry import FILE_NAME, read_rollouts
 from .temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
 
@@ -55,6 +55,9 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Of the folder or file, or the method that an evaluation names."""
+        if not self.log and (method := read_report(self.path).get("method")):
+            return method
         return self.path.name if self.path.is_dir() else self.path.stem
 
     @property
@@ -247,11 +250,11 @@ def _draw_pass_at_k(methods: dict[str, list[Run]]) -> Figure | None:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for name, axes in zip(names, panels, strict=False):
         for index, (method, group) in enumerate(results.items()):
-            curves = [result[name] for result in group if name in result]
+            curves = [curve for result in group for curve in result.get(name, [])]
             if curves:
                 _draw_mean(axes, curves, method, f"C{index}", marker="o", markersize=4)
         axes.set_xscale("log", base=2)
-        ticks = sorted({k for group in results.values() for result in group for k in result.get(name, ())})
+        ticks = sorted({round(x) for line in axes.lines for x in line.get_xdata()})
         axes.set_xticks(ticks, labels=ticks)
         axes.set(title=name, xlabel="k", ylabel="pass@k")
     for axes in panels[len(names) :]:

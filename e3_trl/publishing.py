@@ -46,18 +46,17 @@ def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
 
 def _section(folder: Path) -> str:
     """The card's own part, in Markdown."""
-    report, benchmarks = read_report(folder), read_benchmarks(folder)
+    report, curves = read_report(folder), read_benchmarks(folder)
     parts = []
-    if "settings" in report:
+    if "step" in report:
         rows = [(f"`{name}`", f"`{value}`") for name, value in report["settings"].items() if value is not None]
         intro = f"Seed {report['seed']}, {report['step']} steps. All of them: `training_args.json`."
         parts += ["### Settings", intro, _table(("setting", "value"), rows)]
-    if benchmarks:
-        ks = sorted({k for result in benchmarks.values() for k in result})
-        rows = [
-            (name, *(f"{100 * result[k]:.2f}" if k in result else "" for k in ks))
-            for name, result in benchmarks.items()
-        ]
+    if curves:
+        # The mean over runs, at the k that all benchmarks have.
+        ks = sorted(set.intersection(*(set(runs[0]) for runs in curves.values())))
+        means = {name: [sum(run[k] for run in runs) / len(runs) for k in ks] for name, runs in curves.items()}
+        rows = [(name, *(f"{100 * mean:.2f}" for mean in means[name])) for name in means]
         parts += ["### Results", _table(("benchmark", *(f"pass@{k} (%)" for k in ks)), rows)]
     if report.get("metrics"):
         shown = [name for name in report["metrics"] if name in _METRICS or name.startswith("eval_")]

@@ -75,21 +75,22 @@ def read_log(folder: str | Path) -> list[dict]:
     return max(states, key=lambda state: state["global_step"])["log_history"] if states else []
 
 
-def read_benchmarks(path: str | Path) -> dict[str, dict[int, float]]:
+def read_benchmarks(path: str | Path) -> dict[str, list[dict[int, float]]]:
     """
-    pass@k of an evaluated model.
+    pass@k of an evaluated model, or of the runs that `recipes/evaluate.py` averaged.
 
     Args:
         path (`str` or `Path`): a folder with `report.json`, or a report.
 
     Returns:
-        `dict`: by benchmark and k; empty if nothing was evaluated.
+        `dict`: by benchmark, for each run pass@k by k; empty if nothing was evaluated.
     """
-    benchmarks = read_report(path).get("benchmarks", {})
-    return {
-        name: {int(k): value for k, value in sorted(result["pass@k"].items(), key=lambda item: int(item[0]))}
-        for name, result in benchmarks.items()
-    }
+    curves = {}
+    for name, result in read_report(path).get("benchmarks", {}).items():
+        # One number, or the evaluation's statistics with the number of each run.
+        values = {int(k): v["runs"] if isinstance(v, dict) else [v] for k, v in result["pass@k"].items()}
+        curves[name] = [dict(zip(values, run, strict=True)) for run in zip(*values.values(), strict=True)]
+    return curves
 
 
 def write_json(path: str | Path, content: dict) -> None:

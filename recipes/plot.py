@@ -1,7 +1,7 @@
 """
 Draw the paper's figures from run folders. Runs that differ in their seed alone are one line, with its spread.
 
-    python recipes/plot.py outputs/e3 outputs/grpo [--output_dir figures]
+    python recipes/plot.py outputs/e3 outputs/grpo [--output_dir outputs/figures]
 
 Figure 2 (Eq. 4 against the exact temperature) is drawn too, on next-token distributions of `--model`.
 """
@@ -53,7 +53,7 @@ def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or reports of recipes/evaluate.py")
-    parser.add_argument("--output_dir", default="figures", help="where to write (figures)")
+    parser.add_argument("--output_dir", default="outputs/figures", help="where to write (outputs/figures)")
     parser.add_argument("--model", help=f"model for the figure of Eq. 4 ({MODEL}, if it is there)")
     parser.add_argument("--prompts", help="parquet or JSON-lines file with a column prompt (<model>/test.jsonl)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of each completion (64)")

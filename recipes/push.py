@@ -1,24 +1,34 @@
 """
 Upload a finished run to the Hub, or complete an upload that failed.
 
-    python recipes/push.py outputs/e3 my-name/my-model
+    python recipes/push.py outputs/e3 my-name/my-model [--evaluation outputs/evaluation]
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from e3_trl.publishing import HubError, publish
+from e3_trl.runs import REPORT_FILE, read_report, write_json
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the run's output_dir")
     parser.add_argument("repo", help="name of the model repository, with or without a namespace")
-    parser.add_argument(
-        "--private", action="store_true", default=None, help="if the repository is new, make it private"
-    )
+    parser.add_argument("--evaluation", help="output_dir of recipes/evaluate.py, for report.json and the card")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     args = parser.parse_args()
     try:
+        if args.evaluation:
+            results = read_report(args.evaluation).get("benchmarks")
+            if not results:
+                raise ValueError(f"--evaluation is {args.evaluation}, which holds no report.json with benchmarks.")
+            write_json(Path(args.folder) / REPORT_FILE, {**read_report(args.folder), "benchmarks": results})
         print(f"Uploaded: {publish(args.folder, args.repo, private=args.private)}")
     except (HubError, ValueError) as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -95,12 +95,13 @@ def test_draws_validation_and_pass_at_k(write_run, monkeypatch, tmp_path):
     state = json.loads((folder / "trainer_state.json").read_text())
     state["log_history"] += [{"step": 10, "eval_rewards/f/mean": 0.3, "eval_reward": 0.9}]
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    report = tmp_path / "grpo.json"
-    report.write_text(json.dumps({"benchmarks": {"AIME": {"pass@k": {"16": 0.5, "2": 0.2, "1": 0.1}}}}))
-    assert read_benchmarks(report) == {"AIME": {1: 0.1, 2: 0.2, 16: 0.5}}
+    report = tmp_path / "report_of_dapo.json"
+    pass_at_k = {"1": {"mean": 0.2, "runs": [0.1, 0.3]}, "16": {"mean": 0.5, "runs": [0.4, 0.6]}}
+    report.write_text(json.dumps({"method": "DAPO", "benchmarks": {"AIME": {"pass@k": pass_at_k}}}))
+    assert read_benchmarks(report) == {"AIME": [{1: 0.1, 16: 0.4}, {1: 0.3, 16: 0.6}]}
     draw_runs([folder, report], tmp_path)
     np.testing.assert_allclose(drawn(figures["validation"].axes[0].lines)["a"], [0.3])
-    np.testing.assert_allclose(drawn(figures["pass_at_k"].axes[0].lines)["grpo"], [0.1, 0.2, 0.5])
+    np.testing.assert_allclose(drawn(figures["pass_at_k"].axes[0].lines)["DAPO"], [0.2, 0.5])
 
 
 def test_writes_png_and_removes_what_no_longer_holds(write_run, tmp_path):

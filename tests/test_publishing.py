@@ -145,8 +145,12 @@ def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
     assert hub.commits == []
     hub.failures.clear()
     sent = len(hub.uploads)
-    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), "run")
+    (tmp_path / "report.json").write_text('{"benchmarks": {"AIME 2024": {"pass@k": {"1": 0.25}}}}')
+    evaluation = ["--evaluation", str(tmp_path)]
+    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), "run", *evaluation)
     assert done.returncode == 0, done.stderr
+    assert "| AIME 2024 | 25.00 |" in hub.repos[REPO]["README.md"].decode()
+    assert json.loads(hub.repos[REPO]["report.json"])["step"] == 4
     assert "model.safetensors" in hub.repos[REPO]
     assert len(hub.uploads) == sent  # what had come over was not sent again
 
@@ -158,7 +162,7 @@ def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
 )
 def test_a_token_that_will_not_do_is_named(hub, here, folder, token, remedy):
     hub.repos[REPO] = {}  # it is there already, so that not creating it is what fails
-    with pytest.raises(HubError, match=remedy):
+    with pytest.raises(HubError, match=f"(?s)cannot be written to.*{remedy}"):
         publish(folder, REPO, token)
     assert hub.commits == []
 

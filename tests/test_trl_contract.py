@@ -34,6 +34,8 @@ def test_version_is_the_tested_one():
         (GRPOTrainer._save_checkpoint, ["self", "model", "trial"]),
         (GRPOTrainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
         (GRPOTrainer._set_signature_columns_if_needed, ["self"]),
+        (GRPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
+        (Trainer.save_model, ["self", "output_dir", "_internal_call"]),
         (Trainer.train, ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         (Trainer._get_output_dir, ["self", "trial"]),
         (DataLoaderShard.set_epoch, ["self", "epoch"]),

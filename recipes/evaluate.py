@@ -140,7 +140,9 @@ def compare_table(reports: dict[str, dict], k: int, box_style: box.Box) -> Table
 def detail_table(method: str, report: dict, k: int, box_style: box.Box) -> Table:
     """One row per benchmark of a method: confidence intervals, spread of the runs, lengths."""
     num_runs = len(report["average"]["pass@k"]["1"]["runs"])
-    title = f"{method}: {num_runs} run(s), [95% interval over problems]" + (num_runs > 1) * " ± deviation over runs"
+    title = (
+        f"{method}: {num_runs} run(s)," + (num_runs > 1) * " ± deviation over runs," + " [95% interval over problems]"
+    )
     table = Table(title=title, title_justify="left", box=box_style)
     table.add_column("benchmark")
     for column in ("problems", "pass@1", f"pass@{k}", "tokens", "truncated"):
@@ -150,7 +152,7 @@ def detail_table(method: str, report: dict, k: int, box_style: box.Box) -> Table
         for value in (row["pass@k"]["1"], row["pass@k"][str(k)]):
             mean, low, high = (100 * value[key] for key in ("mean", "low", "high"))
             spread = "" if value["spread"] is None else f" ± {100 * value['spread']:.2f}"
-            cells.append(f"{mean:.2f} [{low:.1f}, {high:.1f}]{spread}")
+            cells.append(f"{mean:.2f}{spread} [{low:.1f}, {high:.1f}]")
         table.add_row(name, str(row["problems"]), *cells, f"{row['tokens']:.0f}", f"{100 * row['truncated']:.1f}%")
     return table
 
@@ -193,7 +195,7 @@ def main(args: EvaluationArguments) -> None:
     write_json(folder / "report.json", {"method": method, "benchmarks": report, "settings": asdict(args)})
 
     reports, k = {**others, method: report}, args.num_samples
-    Console(width=100).print(*tables(reports, method, k, box.HEAVY_HEAD))
+    Console(width=110).print(*tables(reports, method, k, box.HEAVY_HEAD))
     markdown = Console(file=io.StringIO(), width=1000)
     markdown.print(*tables(reports, method, k, box.MARKDOWN))
     (folder / "table.md").write_text("\n".join(map(str.rstrip, markdown.file.getvalue().splitlines())) + "\n")

@@ -19,12 +19,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import httpx
 import matplotlib
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from huggingface_hub import DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import DatasetCardData, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
 from trl import TrlParser
 
 from e3_trl.completions import CompletionSampler, SamplingConfig, load_reward_func, score_completions, write_json
@@ -110,6 +111,13 @@ class PreparationArguments(SamplingConfig):
         for name in ("max_always_solved", "max_never_solved", "validation_per_source"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Set it to 0 or more.")
+        if self.hub_dataset_id is not None:
+            validate_repo_id(self.hub_dataset_id)
+            if get_token() is None:
+                raise ValueError(
+                    f"hub_dataset_id is {self.hub_dataset_id!r}, and nobody is logged in. Run `hf auth login`, or set "
+                    "HF_TOKEN to a token that may write."
+                )
 
 
 def drop_known(problems: pd.DataFrame, test_prompts: list, counts: dict) -> pd.DataFrame:
@@ -291,7 +299,7 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, repo_type="dataset", exist_ok=True)
         files = ["README.md", "*.parquet", "report.json", "difficulty.png"]
         api.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", allow_patterns=files)
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise SystemExit(
             f"hub_dataset_id is {name!r}, and it could not be pushed: {error}\nThe dataset is in {folder}. Log in "
             "with `hf auth login` (a token that may write), and run the same command again."

@@ -1,0 +1,334 @@
+"""recipes/evaluate.py, and the sampling and scoring that it shares with recipes/prepare_data.py."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
+from e3_trl.problems import mark_answer
+from recipes.evaluate import EvaluationArguments, main
+
+
+ROOT = Path(__file__).parent.parent
+PROBLEMS = [
+    {"problem": f"say {name}:", "answer": str(index % 3), "source": "short" if index < 4 else "long"}
+    for index, name in enumerate("abcdef")
+]
+
+
+def enough_vowels(completions, solution, **kwargs):
+    """1 if a completion has at least as many vowels as the solution says."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [float(sum(c in "aeiou" for c in t) >= int(s.strip("$"))) for t, s in zip(texts, solution, strict=True)]
+
+
+def write_problems(path: Path, problems: list[dict] = PROBLEMS) -> str:
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return str(path)
+
+
+@pytest.fixture
+def settings(model_path, tmp_path) -> dict:
+    return {
+        "model_name_or_path": [model_path],
+        "benchmarks": [write_problems(tmp_path / "benchmark.jsonl")],
+        "num_samples": 4,
+        "max_completion_length": 30,
+        "chunk_size": 2,
+        "reward_func": "test_evaluate.enough_vowels",
+        "dtype": "float32",
+        "use_vllm": False,
+        "output_dir": str(tmp_path / "evaluation"),
+    }
+
+
+@pytest.fixture
+def generated(monkeypatch) -> list[int]:
+    """The seeds of the problems that transformers has sampled."""
+    seeds, generate = [], CompletionSampler._generate_copies
+
+    def count(self, model, prompt, seed):
+        seeds.append(seed)
+        return generate(self, model, prompt, seed)
+
+    monkeypatch.setattr(CompletionSampler, "_generate_copies", count)
+    return seeds
+
+
+def run_folder(settings: dict, seed: int = 0) -> Path:
+    name = settings["model_name_or_path"][0].strip("/").replace("/", "--")
+    return Path(settings["output_dir"]) / f"{name}-seed{seed}"
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_lengths(texts: list[str], tokens: list[int], truncated: list[bool]) -> None:
+    for text, length, cut_off in zip(texts, tokens, truncated, strict=True):
+        # One token per character, but padding that was sampled is not in the text, nor is the token that ends it.
+        assert len(text) + (not cut_off) <= length <= 30
+        assert length == 30 or not cut_off
+
+
+def test_the_report_says_what_the_completions_hold(settings, generated):
+    main(EvaluationArguments(**settings, seeds=[0, 1], method="tiny"))
+    folder = Path(settings["output_dir"])
+    report = json.loads((folder / "report.json").read_text())["benchmarks"]
+    assert list(report) == ["short", "long", "average"]
+    for name, rows in (("short", slice(0, 4)), ("long", slice(4, 6))):
+        runs = [read_rows(run_folder(settings, seed) / "completions.jsonl")[rows] for seed in (0, 1)]
+        for k in (1, 2, 4):
+            shares = []
+            for run in runs:
+                for row, problem in zip(run, PROBLEMS[rows], strict=True):
+                    right = enough_vowels(row["completions"], [problem["answer"]] * 4)
+                    draws = list(combinations(right, k))
+                    shares.append(sum(map(any, draws)) / len(draws))
+            assert report[name]["pass@k"][str(k)]["mean"] == pytest.approx(np.mean(shares))
+        assert 0 < report[name]["pass@k"]["1"]["mean"] < 1
+        tokens, truncated = (
+            [value for run in runs for row in run for value in row[key]] for key in ("tokens", "truncated")
+        )
+        assert report[name]["tokens"] == pytest.approx(np.mean(tokens))
+        assert report[name]["truncated"] == pytest.approx(np.mean(truncated))
+        assert 0 < np.mean(truncated) < 1
+        texts = [text for run in runs for row in run for text in row["completions"]]
+        check_lengths(texts, tokens, truncated)
+    assert len(set(generated)) == len(generated) == 12
+    assert len(set(texts)) == len(texts), "copies and runs differ"
+
+    table = (folder / "table.md").read_text()
+    assert "| tiny " in table
+    assert "pass@1 / pass@4" in table
+    assert (folder / "pass_at_k.png").stat().st_size > 5000
+
+
+def test_what_is_on_disk_is_not_sampled_again_and_compares(settings, generated, monkeypatch, capsys):
+    main(EvaluationArguments(**settings, method="first"))
+    generated.clear()
+    # Without the weights, even.
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    main(EvaluationArguments(**settings, method="first"))
+    shutil.copytree(settings["output_dir"], settings["output_dir"] + "-other")
+    main(EvaluationArguments(**settings, method="second", compare_with=[settings["output_dir"] + "-other"]))
+    assert generated == []
+    out = capsys.readouterr().out
+    assert "first" in out.rsplit("pass@1 / pass@4", 1)[1]
+
+
+KILLED = """
+import json, os, signal, sys
+from e3_trl.completions import CompletionSampler
+from recipes.evaluate import EvaluationArguments, main
+
+generate, calls = CompletionSampler._generate_copies, []
+
+def die(self, *args):
+    calls.append(args)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(self, *args)
+
+CompletionSampler._generate_copies = die
+main(EvaluationArguments(**json.loads(sys.argv[1])))
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, generated):
+    whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
+    main(EvaluationArguments(**whole))
+    generated.clear()
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    path = run_folder(settings) / "completions.jsonl"
+    assert len(read_rows(path)) == 4, "two chunks of two"
+    main(EvaluationArguments(**settings))
+    assert len(generated) == 2, "the chunk that was lost, and no other"
+    for name in ("completions.jsonl", "rewards.jsonl"):
+        assert (run_folder(settings) / name).read_bytes() == (run_folder(whole) / name).read_bytes()
+
+
+def test_half_a_row_is_made_anew(tmp_path):
+    calls = []
+
+    def square(chunk):
+        calls.append(list(chunk))
+        return [{"square": row**2} for row in chunk]
+
+    path = tmp_path / "rows.jsonl"
+    rows = write_in_chunks(square, 5, path, {}, 2, "")
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        assert write_in_chunks(square, 5, path, {}, 2, "") == rows
+        assert path.read_bytes() == whole
+    assert calls[:3] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_problem_is_answered_alike_beside_others(settings):
+    main(EvaluationArguments(**settings))
+    all_rows = read_rows(run_folder(settings) / "completions.jsonl")
+    alone = settings | {"output_dir": settings["output_dir"] + "-alone", "chunk_size": 64}
+    main(EvaluationArguments(**alone, sources=["long"]))
+    assert read_rows(run_folder(alone) / "completions.jsonl") == all_rows[4:]
+
+
+def test_samples_are_of_the_model_at_the_temperature(model_path, tmp_path):
+    """A checkpoint's generation_config.json must not bring its own top-p, temperature or penalties."""
+    path = shutil.copytree(model_path, tmp_path / "model")
+    own = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_p": 0.1,
+        "top_k": 3,
+        "repetition_penalty": 3.0,
+        "eos_token_id": 1,
+    }
+    (path / "generation_config.json").write_text(json.dumps(own))
+    config = SamplingConfig(
+        num_samples=4000, temperature=0.7, max_completion_length=1, batch_size=1000, use_vllm=False,
+        apply_chat_template=False,
+    )  # fmt: skip
+    rows = CompletionSampler(str(path), ["say aab:"], config).sample(0, tmp_path / "rows.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        logits = model(**tokenizer("say aab:", return_tensors="pt")).logits[0, -1]
+    expected = torch.softmax(logits / 0.7, dim=-1).numpy()
+    expected[1] += expected[0]  # neither the end nor padding is text
+    expected[0] = 0
+    ids = [1 if text == "" else tokenizer.convert_tokens_to_ids(text) for text in rows[0]["completions"]]
+    counts = np.bincount(ids, minlength=len(expected))
+    assert 0.5 * np.abs(counts / 4000 - expected).sum() < 0.05
+    assert np.count_nonzero(counts) > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"temperature": 0.5},
+            "comes from temperature 1.0, and it is 0.5 now. Delete .*, or choose another output_dir",
+        ),
+        ({"num_samples": 2}, "num_samples 4, and it is 2"),
+    ],
+)
+def test_other_settings_do_not_go_on(settings, change, message):
+    main(EvaluationArguments(**settings))
+    with pytest.raises(ValueError, match=message):
+        main(EvaluationArguments(**settings | change))
+
+
+def test_another_model_in_the_same_folder_is_not_taken_for_the_first(settings, model_path, tmp_path):
+    settings["model_name_or_path"] = [str(shutil.copytree(model_path, tmp_path / "trained"))]
+    main(EvaluationArguments(**settings))
+    AutoModelForCausalLM.from_pretrained(model_path).save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="comes from weights"):
+        main(EvaluationArguments(**settings))
+
+
+def no_chat_template(folder: Path) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_name_or_path": []}, "model_name_or_path is empty. Name"),
+        ({"benchmarks": ["missing.jsonl"]}, "no file 'missing.jsonl'. Check"),
+        ({"benchmarks": [{"text": "1 + 1", "answer": "2"}]}, "no column 'one of problem, prompt, question'.*'text'"),
+        ({"benchmarks": [{"problem": "1 + 1"}]}, "one has no answers. Add a column 'answer'"),
+        ({"benchmarks": [*PROBLEMS, {"problem": "1 + 1", "source": "a"}]}, "no solution in row 6. Fill it in or drop"),
+        ({"benchmarks": [*PROBLEMS, {"problem": "a" * 300, "answer": "1"}]}, "problem of 3.. tokens leaves no room"),
+        ({"sources": ["aime"]}, r"sources names \['aime'\], and there are only \['long', 'short'\]"),
+        ({"temperature": 0.0}, "temperature is 0.0.*Set it above 0"),
+        ({"num_samples": 0}, "num_samples is 0. Set it to 1 or more"),
+        ({"reward_func": "no.such.reward"}, "reward_func is 'no.such.reward', which is no function. Set"),
+        ({"model_name_or_path": no_chat_template}, "apply_chat_template is True, and .* has no chat template. Set"),
+        ({"compare_with": ["nowhere"]}, "'nowhere', which holds no report.json. Evaluate"),
+    ],
+)
+def test_mistakes_are_named_before_a_model_is_loaded(settings, model_path, tmp_path, change, message, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    if isinstance(rows := change.get("benchmarks", [""])[0], dict):
+        change = {"benchmarks": [write_problems(tmp_path / "other.jsonl", change["benchmarks"])]}
+        assert rows
+    if callable(change.get("model_name_or_path")):
+        change = {"model_name_or_path": [model_path, no_chat_template(shutil.copytree(model_path, tmp_path / "bare"))]}
+    with pytest.raises(ValueError, match=message):
+        main(EvaluationArguments(**settings | change))
+
+
+def test_vllm_is_taken_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert SamplingConfig().use_vllm is True
+    assert SamplingConfig(use_vllm=False).use_vllm is False
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert SamplingConfig().use_vllm is False
+    with pytest.raises(ValueError, match="vLLM is not installed. Install it"):
+        SamplingConfig(use_vllm=True)
+
+
+def test_the_recipe_is_the_papers_and_an_unknown_key_is_named(tmp_path):
+    parser = TrlParser(EvaluationArguments)
+    (args,) = parser.parse_args_and_config(
+        ["--config", str(ROOT / "recipes/evaluate.yaml"), "--model_name_or_path", "a", "b"]
+    )
+    assert (args.num_samples, args.temperature, args.max_completion_length) == (16, 1.0, 6144)
+    assert args.model_name_or_path == ["a", "b"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": ["a"], "benchmarks": ["b"], "num_sample": 3}))
+    with pytest.raises(ValueError, match="num_sample"):
+        TrlParser(EvaluationArguments).parse_args_and_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        *((same, same) for same in (r"2\sqrt{5}", r"(-\infty, 2)", "1,3,5", "x^2+4x+1", r"10,\!080", "25")),
+        (r"\frac65", r"\frac{6}{5}"),
+    ],
+)
+def test_bare_answers_are_scored_as_formulas(tmp_path, answer, written):
+    """Without delimiters, math-verify reads 2 in `2\\sqrt{5}` and 1.35 in `1,3,5`."""
+    rows = [{"completions": [rf"It is \boxed{{{written}}}.", r"It is \boxed{2}.", ""]}]
+    problems = {"prompt": ["?"], "solution": [mark_answer(answer)]}
+    rewards = score_completions(problems, rows, tmp_path / "rewards.jsonl", SamplingConfig(num_samples=3))
+    assert rewards.tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make install` brings it")
+def test_vllm_samples_and_goes_on(model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
+    sampler = CompletionSampler(model_path, [problem["problem"] for problem in PROBLEMS], config)
+    path = tmp_path / "completions.jsonl"
+    rows = sampler.sample(0, path)
+    whole = path.read_bytes()
+    for row in rows:
+        assert len(set(row["completions"])) == 4, "copies differ"
+        check_lengths(row["completions"], row["tokens"], row["truncated"])
+    assert len({cut for row in rows for cut in row["truncated"]}) == 2
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert sampler.sample(0, path) == rows
+    assert path.read_bytes() == whole
+    assert sampler.sample(1, tmp_path / "other.jsonl") != rows

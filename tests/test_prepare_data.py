@@ -1,0 +1,286 @@
+"""recipes/prepare_data.py. What it shares with recipes/evaluate.py is tested there too."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import build_trainer
+from datasets import load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluate import enough_vowels, write_problems
+from transformers import AutoModelForCausalLM
+from trl import TrlParser
+
+from e3_trl.completions import CompletionSampler
+from e3_trl.problems import mark_answer, normalize_problem, problem_text
+from recipes.prepare_data import PreparationArguments, balance, drop_known, main, split
+
+
+ROOT = Path(__file__).parent.parent
+PAPER_DATA = Path("/work/shared/data")
+PROBLEMS = [
+    {"problem": f"say {name}:", "answer": str(1 + index % 4), "source": "even" if index % 2 else "odd"}
+    for index, name in enumerate("abcdefghijkl")
+]
+PROBLEMS += [
+    {"problem": "Say  A:", "answer": "1", "source": "even"},
+    {"problem": "say z:", "answer": "2", "source": "odd"},
+]
+
+
+@pytest.fixture
+def settings(model_path, tmp_path) -> dict:
+    return {
+        "dataset_name": [write_problems(tmp_path / "raw.jsonl", PROBLEMS)],
+        "test_sets": [write_problems(tmp_path / "test.jsonl", [{"question": "SAY $z$:"}])],
+        "model_name_or_path": model_path,
+        "num_samples": 4,
+        "max_completion_length": 12,
+        "chunk_size": 2,
+        "reward_func": "test_evaluate.enough_vowels",
+        "validation_per_source": 2,
+        "dtype": "float32",
+        "use_vllm": False,
+        "output_dir": str(tmp_path / "data"),
+    }
+
+
+def read(settings: dict, name: str) -> pd.DataFrame:
+    return pd.read_parquet(Path(settings["output_dir"]) / f"{name}.parquet")
+
+
+def keys(frame: pd.DataFrame) -> set[str]:
+    return {normalize_problem(prompt if isinstance(prompt, str) else list(prompt)) for prompt in frame["prompt"]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find  $x$\n.", "find x."),
+        (r"What is \(\dfrac{1}{2}\)?", r"What is $\frac{1}{2}$?"),
+        (r"\left( 2^{n}\right)", "(2^n)"),
+        ("the ﬁrst １0 terms", "the first 10 terms"),
+        (r"$90^{\circ}$, 25\%", r"$90^\circ$, $25$%"),
+        ("x_{}^{}+1", "x+1"),
+        ([{"role": "user", "content": "Find x"}], "Find x."),
+    ],
+)
+def test_writings_of_one_problem(one, other):
+    assert normalize_problem(one) == normalize_problem(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac{1}{12}", r"\frac{11}{2}"),
+        ("x^{12}", "x^{1}2"),
+        ("1.5", "15"),
+        (r"\arcsin(-1)", r"\arcsin 1"),
+        (r"\leftarrow", "arrow"),
+        ("find x", "find y"),
+    ],
+)
+def test_other_problems(one, other):
+    assert normalize_problem(one) != normalize_problem(other)
+
+
+def test_answers_that_are_marked_or_prose_stay():
+    for answer in (r"$\frac12$", r"\boxed{3}", r"\(c = 2\)", "none of these", r"all $m \neq 1$"):
+        assert mark_answer(answer) == answer
+    assert mark_answer(r"\$5 ") == r"$\$5$"
+    assert mark_answer(r"114\text{ square units}") == r"$114\text{ square units}$"
+
+
+WRITINGS = [str, str.upper, "  {}".format, "${}$".format, r"\left. {}".format]
+problem_frames = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from(WRITINGS), st.sampled_from("ab"), st.sampled_from([0.0, 0.5, 1.0])),
+    min_size=1,
+    max_size=60,
+).map(
+    lambda rows: pd.DataFrame(
+        {
+            "prompt": [write(f"problem x{number}") for number, write, _, _ in rows],
+            "solution": "$1$",
+            "source": [source for *_, source, _ in rows],
+            "accuracy": [accuracy for *_, accuracy in rows],
+        }
+    )
+)
+
+
+@given(problem_frames, st.sets(st.integers(0, 30)), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9))
+def test_parts_are_disjoint_whole_and_balanced(raw, test, per_source, most_solved, most_failed):
+    test_prompts = [f"PROBLEM $x{number}$" for number in test]
+    args = PreparationArguments(
+        dataset_name=["raw"], num_correct_column="n", max_always_solved=most_solved, max_never_solved=most_failed
+    )
+    rng, counts = np.random.default_rng(0), {}
+    unique = drop_known(raw, test_prompts, counts)
+    kept = balance(unique, args, rng, counts)
+    fewest = min([per_source, *kept["source"].value_counts()])
+    train, validation = split(kept, fewest, rng)
+
+    assert len(keys(train)) == len(train)
+    assert len(keys(validation)) == len(validation)
+    assert not keys(train) & keys(validation)
+    assert not (keys(train) | keys(validation)) & {normalize_problem(prompt) for prompt in test_prompts}
+    assert set(validation["source"].value_counts()) <= {fewest}
+    both = pd.concat([train, validation])
+    solved = both["accuracy"].value_counts().to_dict()
+    assert solved.get(1.0, 0) == min(most_solved, (unique["accuracy"] == 1).sum())
+    assert solved.get(0.0, 0) == min(most_failed, (unique["accuracy"] == 0).sum())
+    assert solved.get(0.5, 0) == (unique["accuracy"] == 0.5).sum()
+    dropped = counts["always_solved"]["dropped"] + counts["never_solved"]["dropped"]
+    assert counts["rows"] == len(both) + counts["duplicates"] + counts["in_test_sets"] + dropped
+
+
+def test_samples_measures_and_writes(settings, capsys):
+    main(PreparationArguments(**settings))
+    folder = Path(settings["output_dir"])
+    train, validation = read(settings, "train"), read(settings, "validation")
+    assert list(train) == ["prompt", "solution", "source", "accuracy", "difficulty"]
+    assert (len(train), len(validation)) == (8, 4)
+    assert validation["source"].value_counts().to_dict() == {"even": 2, "odd": 2}
+
+    rows = [json.loads(line) for line in (folder / "sampling" / "completions.jsonl").read_text().splitlines()]
+    expected = {
+        problem["problem"]: np.mean(enough_vowels(row["completions"], [problem["answer"]] * 4))
+        for row, problem in zip(rows, PROBLEMS[:12], strict=True)
+    }
+    both = pd.concat([train, validation])
+    assert {problem_text(prompt): value for prompt, value in zip(both.prompt, both.accuracy, strict=True)} == expected
+    assert len(set(expected.values())) > 2
+    np.testing.assert_array_equal(both["difficulty"], 1 - both["accuracy"])
+
+    counts = json.loads((folder / "report.json").read_text())["counts"]
+    assert (counts["rows"], counts["duplicates"], counts["in_test_sets"]) == (14, 1, 1)
+    assert np.add(counts["train"]["by_correct"], counts["validation"]["by_correct"]).tolist() == [
+        sum(value == correct / 4 for value in expected.values()) for correct in range(5)
+    ]
+    assert "8 for training, 4 for validation" in capsys.readouterr().out
+    assert (folder / "difficulty.png").stat().st_size > 5000
+
+
+def test_the_folder_is_a_dataset_that_the_trainer_takes(settings, model_path, tmp_path):
+    main(PreparationArguments(**settings))
+    data = load_dataset(settings["output_dir"])
+    assert set(data) == {"train", "validation"}
+    trainer = build_trainer(
+        model_path, tmp_path / "run", train_dataset=data["train"], reward_funcs=enough_vowels,
+        difficulty_column="difficulty",
+    )  # fmt: skip
+    rank, accuracy = trainer.difficulty_tracker.difficulty, np.array(data["train"]["accuracy"])
+    assert rank[accuracy.argmin()] > rank[accuracy.argmax()], "the problem that is solved least is the hardest"
+    trainer.args.max_steps = 1
+    trainer.train()
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_alike(settings, monkeypatch):
+    whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
+    main(PreparationArguments(**whole))
+    calls, generate = [], CompletionSampler._generate_copies
+
+    def stop(self, model, prompt, seed):
+        calls.append(seed)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return generate(self, model, prompt, seed)
+
+    monkeypatch.setattr(CompletionSampler, "_generate_copies", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(PreparationArguments(**settings))
+    calls.clear()
+    calls += [None] * 6  # never again
+    main(PreparationArguments(**settings))
+    assert len(calls) - 6 == 12 - 4, "two chunks of two were on disk"
+    for name in ("train", "validation"):
+        pd.testing.assert_frame_equal(read(settings, name), read(whole, name))
+
+
+def test_a_given_count_takes_the_place_of_sampling(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    rows = [{**problem, "level": index % 11} for index, problem in enumerate(PROBLEMS)]
+    given_level = settings | {
+        "dataset_name": [write_problems(tmp_path / "levels.jsonl", rows)],
+        "model_name_or_path": None,
+        "num_correct_column": "level",
+        "num_samples": 10,
+        "apply_chat_template": False,
+    }
+    main(PreparationArguments(**given_level))
+    both = pd.concat([read(settings, "train"), read(settings, "validation")])
+    assert dict(zip(both["prompt"], both["accuracy"], strict=True)) == {
+        row["problem"]: row["level"] / 10 for row in rows[:12]
+    }
+
+
+def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
+    def some_none(completions, solution, **kwargs):
+        return [None if answer == "$4$" else 1.0 for answer in solution]
+
+    monkeypatch.setattr("test_evaluate.enough_vowels", some_none)
+    main(PreparationArguments(**settings | {"max_always_solved": 5, "validation_per_source": 1}))
+    counts = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["counts"]
+    assert counts["unscorable"] == 3
+    assert counts["always_solved"] == {"found": 9, "dropped": 4}
+    assert "$4$" not in set(read(settings, "train")["solution"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_name": []}, "dataset_name is empty. Name"),
+        ({"dataset_name": ["missing.parquet"]}, "no file 'missing.parquet'. Check"),
+        ({"model_name_or_path": None}, "model_name_or_path is None and num_correct_column is None. Set one"),
+        ({"num_correct_column": "level"}, "num_correct_column is 'level'. Set one of them"),
+        ({"num_correct_column": "level", "model_name_or_path": None}, r"no column 'level' \(num_correct\), only"),
+        ({"num_correct_column": "problem", "model_name_or_path": None}, r"holds 'say a:', not a number in \[0, 4\]"),
+        ({"num_correct_column": "answer", "model_name_or_path": None, "num_samples": 2}, r"holds '3', not a number"),
+        ({"answer_column": "solution"}, r"no column 'solution' \(solution\), only \['problem', 'answer', 'source'\]"),
+        ({"validation_per_source": 7}, "validation_per_source is 7, and source '.*' has 6 problems. Lower it"),
+        ({"max_always_solved": -1}, "max_always_solved is -1. Set it to 0 or more"),
+        ({"reward_func": "nothing"}, "reward_func is 'nothing'"),
+        ({"hub_dataset_id": "me/data"}, "hub_dataset_id is 'me/data', and nobody is logged in. Run `hf auth login`"),
+        ({"hub_dataset_id": "me/my data"}, "me/my data"),
+    ],
+)
+def test_mistakes_are_named_before_a_model_is_loaded(settings, change, message, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr("recipes.prepare_data.get_token", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        main(PreparationArguments(**settings | change))
+
+
+def test_a_failed_push_leaves_the_data_and_says_what_to_do(settings, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(SystemExit, match="hub_dataset_id is 'me/data'.*could not be pushed.*(?s:.)*Log in with"):
+        main(PreparationArguments(**settings, hub_dataset_id="me/data"))
+    assert len(read(settings, "train")) == 8
+
+
+def test_the_recipe_is_the_papers():
+    (args,) = TrlParser(PreparationArguments).parse_args_and_config(
+        ["--config", str(ROOT / "recipes/prepare_data.yaml"), "--use_vllm", "false"]
+    )
+    assert (args.num_samples, args.max_always_solved, args.validation_per_source) == (10, 2000, 128)
+
+
+@pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the paper's data are not there")
+def test_the_papers_data(tmp_path):
+    settings = {"output_dir": str(tmp_path), "num_correct_column": "level"}
+    main(
+        PreparationArguments(
+            **settings, dataset_name=[f"{PAPER_DATA}/all_data.parquet"], test_sets=[f"{PAPER_DATA}/test.json"]
+        )
+    )
+    train, validation = read(settings, "train"), read(settings, "validation")
+    test = pd.read_json(PAPER_DATA / "test.json", lines=True)
+    assert len(keys(train)) == len(train) > 12_000
+    assert not keys(train) & keys(validation)
+    assert not (keys(train) | keys(validation)) & keys(test)
+    assert validation["source"].value_counts().to_dict() == dict.fromkeys(["aime", "amc", "math", "omni_math"], 128)
+    assert (pd.concat([train, validation])["accuracy"] == 1).sum() == 2000

@@ -181,7 +181,7 @@ def test_half_a_row_is_made_anew(tmp_path):
 
 
 def test_a_problem_is_answered_alike_beside_others(settings):
-    main(EvaluationArguments(**settings))
+    main(EvaluationArguments(**settings | {"chunk_size": 3}))
     all_rows = read_rows(run_folder(settings) / "completions.jsonl")
     alone = settings | {"output_dir": settings["output_dir"] + "-alone", "chunk_size": 64}
     main(EvaluationArguments(**alone, sources=["long"]))

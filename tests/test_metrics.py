@@ -55,6 +55,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.91 <= held / 300 <= 0.98
     assert np.mean(widths) == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 100) ** 0.5, rel=0.05)
 
+    rewards = (np.arange(100) < 30).reshape(1, 100, 1)
+    value = evaluation_report({"b": rewards}, {"b": rewards}, {"b": rewards})["b"]["pass@k"]["1"]
+    assert [value[key] for key in ("low", "mean", "high")] == pytest.approx([0.21, 0.3, 0.39], abs=0.011)
+
 
 def test_runs_are_averaged_and_their_spread_told():
     rewards = {"easy": np.array([[[1, 1], [1, 1]], [[1, 1], [1, 0]]]), "hard": np.array([[[1, 0]], [[0, 0]]])}

@@ -173,6 +173,7 @@ def test_the_folder_is_a_dataset_that_the_trainer_takes(settings, model_path, tm
         difficulty_column="difficulty",
     )  # fmt: skip
     rank, accuracy = trainer.difficulty_tracker.difficulty, np.array(data["train"]["accuracy"])
+    assert accuracy.min() < accuracy.max()
     assert rank[accuracy.argmin()] > rank[accuracy.argmax()], "the problem that is solved least is the hardest"
     trainer.args.max_steps = 1
     trainer.train()

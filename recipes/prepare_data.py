@@ -13,8 +13,8 @@ In the end the folder holds `train.parquet`, `validation.parquet`, their dataset
 samples that are right) and `difficulty` = 1 - `accuracy`. Differs from the paper, whose data give the share: the
 trainer's `difficulty_column` takes 1 as the hardest, as k_i in Algorithm 1.
 
-Train with the files (`dataset_name: data/e3/train.parquet`), not with the folder: datasets 5.2 caches a local folder
-with a card by its name alone, and would go on giving the data of an earlier run.
+`recipes/train.py` takes the folder as its `dataset_name`. With `load_dataset`, name the files: datasets 5.2 caches a
+local folder with a card by its name alone, and would go on giving the data of an earlier run.
 """
 
 import os

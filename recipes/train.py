@@ -73,6 +73,10 @@ def load_reward_func(name: str):
 def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
     """The dataset on the Hub, in a local folder, or in a local parquet, JSON or JSON-lines file."""
     path = Path(script_args.dataset_name or "")
+    files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
+    if script_args.dataset_train_split in files:
+        # What prepare_data.py writes. Loaded as a folder, its card would make datasets cache it by name, for ever.
+        return load_dataset("parquet", data_files=files, streaming=script_args.dataset_streaming)
     kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
     if kind is None:
         return load_dataset(

@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 def recipe(model_path, tmp_path):
     """Write a recipe with these settings and return the command that trains it."""
     make_dataset().to_json(tmp_path / "train.jsonl")
-    make_dataset().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "data").mkdir()
+    make_dataset().to_parquet(tmp_path / "data" / "train.parquet")
+    make_dataset(8).to_parquet(tmp_path / "data" / "validation.parquet")
+    (tmp_path / "data" / "report.json").write_text('{"not": "data"}')
 
     def write(**settings):
         fields = {
@@ -69,20 +72,21 @@ def test_trains_saves_and_resumes(recipe, tmp_path):
     assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
-def test_trains_lora_on_parquet_with_evaluation(recipe, tmp_path):
+def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
     command = recipe(
-        dataset_name=str(tmp_path / "train.parquet"),
-        dataset_test_split="train",
+        dataset_name=str(tmp_path / "data"),
+        dataset_test_split="validation",
         eval_steps=3,
         eval_strategy="steps",
         lora_r=4,
-        per_device_eval_batch_size=16,
+        num_generations_eval=1,
+        per_device_eval_batch_size=4,
         use_peft=True,
     )
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
-    assert [entry["step"] for entry in history(tmp_path) if "eval_reward" in entry] == [3, 6]
+    assert [entry["step"] for entry in history(tmp_path) if "eval_pass@1" in entry] == [3, 6]
 
 
 @pytest.mark.parametrize(

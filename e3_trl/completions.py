@@ -303,7 +303,12 @@ def score_completions(
     settings = {"reward_func": config.reward_func}
     settings |= {"completions": _fingerprint(rows), "problems": _fingerprint(problems)}
     label = f"Scoring with {config.reward_func}"
-    scored = write_in_chunks(score, len(rows), Path(path), settings, config.chunk_size, label)
+    path = Path(path)
+    # Unlike sampling, scoring costs little: with another reward or a corrected answer it begins anew.
+    settings_path = path.with_suffix(".settings.json")
+    if settings_path.exists() and json.loads(settings_path.read_text()) != settings:
+        settings_path.unlink()
+    scored = write_in_chunks(score, len(rows), path, settings, config.chunk_size, label)
     return np.array([row["rewards"] for row in scored], dtype=np.float64)
 
 

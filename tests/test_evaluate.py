@@ -234,6 +234,16 @@ def test_other_settings_do_not_go_on(settings, change, message):
         main(EvaluationArguments(**settings | change))
 
 
+def test_a_corrected_answer_is_scored_and_not_sampled_again(settings, generated):
+    main(EvaluationArguments(**settings))
+    generated.clear()
+    write_problems(Path(settings["benchmarks"][0]), [{**problem, "answer": "99"} for problem in PROBLEMS])
+    main(EvaluationArguments(**settings))
+    report = json.loads((Path(settings["output_dir"]) / "report.json").read_text())
+    assert report["benchmarks"]["average"]["pass@k"]["4"]["mean"] == 0
+    assert generated == []
+
+
 def test_another_model_in_the_same_folder_is_not_taken_for_the_first(settings, model_path, tmp_path):
     settings["model_name_or_path"] = [str(shutil.copytree(model_path, tmp_path / "trained"))]
     main(EvaluationArguments(**settings))

@@ -176,7 +176,7 @@ def draw(reports: dict[str, dict], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
         axes.set(title=name, xlabel="k", ylim=(0, None))
     panels[0, 0].set(ylabel="pass@k in %")
-    panels[0, 0].legend()
+    panels[0, 0].legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -4,19 +4,18 @@ import hashlib
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from pydoc import locate
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-from . import rewards
+from .rewards import load_reward_func
+from .runs import write_json
 
 
 @dataclass
@@ -259,16 +258,6 @@ class CompletionSampler:
         return completions
 
 
-def load_reward_func(name: str) -> Callable:
-    """A reward function of `e3_trl`, or by its dotted path; `ValueError` if there is none."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    function = getattr(rewards, name, None) or locate(name)
-    if not callable(function):
-        raise ValueError(f"reward_func is {name!r}, which is no function. Set it to math_accuracy_reward or a path.")
-    return function
-
-
 def score_completions(
     problems: dict[str, list], rows: list[dict], path: str | Path, config: SamplingConfig
 ) -> np.ndarray:
@@ -357,13 +346,6 @@ def write_in_chunks(
                 rows += chunk
                 progress.update(len(chunk))
     return rows
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _weights(model: str) -> list:

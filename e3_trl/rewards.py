@@ -1,6 +1,11 @@
 """Rewards for math problems, with TRL's verdicts, and safe for a run whatever the model writes."""
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
+
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .worker_pool import Verdict, WorkerPool
 
@@ -99,3 +104,35 @@ def _log(verdicts: list[Verdict], solution: list[str], name: str, log_extra, log
     if log_metric is not None and verdicts:
         log_metric(f"rewards/{name}/unchecked", sum(not verdict.checked for verdict in verdicts) / len(verdicts))
     return [verdict.reward for verdict in verdicts]
+
+
+# By the names that recipes use.
+REWARD_FUNCS = {
+    func.__name__: func
+    for func in (
+        math_accuracy_reward,
+        math_reasoning_accuracy_reward,
+        accuracy_reward,
+        reasoning_accuracy_reward,
+        think_format_reward,
+    )
+}
+
+
+def load_reward_func(name: str) -> Callable:
+    """
+    A reward function of [`REWARD_FUNCS`], or by its dotted path, from the current folder too; `ValueError` if there is
+    none.
+    """
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"There is no reward function {name!r} ({error}). Choose one of {sorted(REWARD_FUNCS)}, or give the "
+            "dotted path of a function, in reward_funcs (training) or reward_func (evaluation)."
+        ) from error

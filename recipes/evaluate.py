@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from e3_trl.completions import CompletionSampler, SamplingConfig, load_reward_func, score_completions, write_json
+from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions
 from e3_trl.metrics import evaluation_report
 from e3_trl.problems import load_problems
+from e3_trl.rewards import load_reward_func
+from e3_trl.runs import write_json
 
 
 matplotlib.use("Agg")

@@ -7,31 +7,16 @@ Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may s
 line, which wins.
 """
 
-import importlib
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward, math_reasoning_accuracy_reward
+from e3_trl import E3GRPOConfig, E3GRPOTrainer
 from e3_trl.publishing import FIGURES, check_hub_access, publish
-
-
-REWARD_FUNCS = {
-    func.__name__: func
-    for func in (
-        math_accuracy_reward,
-        math_reasoning_accuracy_reward,
-        accuracy_reward,
-        reasoning_accuracy_reward,
-        think_format_reward,
-    )
-}
+from e3_trl.rewards import REWARD_FUNCS, load_reward_func
 
 
 @dataclass
@@ -52,22 +37,6 @@ class E3ScriptArguments(ScriptArguments):
         default_factory=lambda: ["math_accuracy_reward"],
         metadata={"help": f"Reward functions: any of {sorted(REWARD_FUNCS)}, or a dotted path."},
     )
-
-
-def load_reward_func(name: str):
-    """A reward function by name or dotted path; `ValueError` if there is none."""
-    if name in REWARD_FUNCS:
-        return REWARD_FUNCS[name]
-    module, _, attribute = name.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward_funcs names {name!r}, which cannot be loaded ({error}). Choose one of {sorted(REWARD_FUNCS)}, or "
-            "give the dotted path of a function."
-        ) from error
 
 
 def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:

@@ -272,7 +272,7 @@ def no_chat_template(folder: Path) -> str:
         ({"sources": ["aime"]}, r"sources names \['aime'\], and there are only \['long', 'short'\]"),
         ({"temperature": 0.0}, "temperature is 0.0.*Set it above 0"),
         ({"num_samples": 0}, "num_samples is 0. Set it to 1 or more"),
-        ({"reward_func": "no.such.reward"}, "reward_func is 'no.such.reward', which is no function. Set"),
+        ({"reward_func": "no.such.reward"}, "There is no reward function 'no.such.reward'.*Choose one of"),
         ({"model_name_or_path": no_chat_template}, "apply_chat_template is True, and .* has no chat template. Set"),
         ({"compare_with": ["nowhere"]}, "'nowhere', which holds no report.json. Evaluate"),
     ],

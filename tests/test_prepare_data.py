@@ -245,7 +245,7 @@ def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
         ({"answer_column": "solution"}, r"no column 'solution' \(solution\), only \['problem', 'answer', 'source'\]"),
         ({"validation_per_source": 7}, "validation_per_source is 7, and source '.*' has 6 problems. Lower it"),
         ({"max_always_solved": -1}, "max_always_solved is -1. Set it to 0 or more"),
-        ({"reward_func": "nothing"}, "reward_func is 'nothing'"),
+        ({"reward_func": "nothing"}, "There is no reward function 'nothing'"),
         ({"hub_dataset_id": "me/data"}, "hub_dataset_id is 'me/data', and nobody is logged in. Run `hf auth login`"),
         ({"hub_dataset_id": "me/my data"}, "me/my data"),
     ],

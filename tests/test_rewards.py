@@ -15,8 +15,8 @@ from conftest import logged, make_dataset
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 
 from e3_trl import math_accuracy_reward, math_reasoning_accuracy_reward, rewards, worker_pool
+from e3_trl.rewards import load_reward_func
 from e3_trl.worker_pool import WorkerPool
-from recipes.train import load_reward_func
 
 
 ROOT = Path(__file__).parent.parent

@@ -94,8 +94,11 @@ def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
     [
         ({"num_generation": 4}, r"num_generation\b"),
         ({"eval_strategy": "steps"}, "dataset_test_split is 'test', but the dataset has only .'train'."),
-        ({"reward_funcs": ["tests.conftest.no_such_reward"]}, "reward_funcs names 'tests.conftest.no_such_reward'"),
-        ({"reward_funcs": ["vowels"]}, "reward_funcs names 'vowels'"),
+        (
+            {"reward_funcs": ["tests.conftest.no_such_reward"]},
+            "There is no reward function 'tests.conftest.no_such_reward'.*reward_funcs",
+        ),
+        ({"reward_funcs": ["vowels"]}, "There is no reward function 'vowels'.*Choose one of"),
         ({"dataset_name": "no_such_file.parquet"}, "dataset_name is 'no_such_file.parquet'"),
         ({"num_generations_min": 5}, "num_generations_min is 5"),
     ],

@@ -51,13 +51,13 @@ class E3GRPOConfig(GRPOConfig):
 
         length_bias_coef (`float`, *optional*, defaults to `0.0`):
             \\( \mu \\): a correct completion of \\( l \\) tokens loses \\( \mu l / (1 + \mu l) \\) of its reward if
-            its prompt is easy. Difficulty is counted before. In the authors' code, with 0.001, not in the paper.
+            its prompt is easy. Difficulty is counted before, and dynamic sampling drops groups before. In the
+            authors' code, with 0.001, not in the paper.
         length_bias_fraction (`float`, *optional*, defaults to `0.1`):
             Part of a batch's prompts, the easiest, that the length bias is for.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
             Whether groups whose rewards are all equal are dropped and further prompts sampled in their place, as in
-            DAPO (https://huggingface.co/papers/2503.14476). What reward functions log per completion (`log_extra`) is
-            not kept then.
+            DAPO (https://huggingface.co/papers/2503.14476). For text without tools.
         max_resample_rounds (`int`, *optional*, defaults to `10`):
             How often a batch is sampled anew at most. Each round costs as many rollouts as the batch has.
 

@@ -16,8 +16,8 @@ class VLLMServerError(ConnectionError):
 
     def __init__(self, url: str, model: str, reason: str):
         super().__init__(
-            f"The vLLM server at {url} (vllm_server_base_url, or vllm_server_host and vllm_server_port) does not "
-            f"answer ({reason}). Start it with `VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode "
+            f"The vLLM server at {url} (vllm_server_base_url, or vllm_server_host and vllm_server_port) failed: "
+            f"{reason}. If it is down, start it with `VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode "
             'processed_logprobs --weight-transfer-config \'{"backend": "nccl"}\'`, then run the same command again, '
             "with resume_from_checkpoint set to true if it had saved a checkpoint."
         )
@@ -137,7 +137,7 @@ class RolloutGeneration(VLLMGeneration):
         # TRL hands the main process's answer to all ranks, so an empty one tells them all.
         try:
             return self._client_generate(**kwargs)
-        except requests.RequestException as error:
+        except Exception as error:  # TRL's client raises plain ones for what the server refuses
             self._server_error = str(error)
             return {"prompt_ids": [], "completion_ids": [], "logprobs": None}
 
@@ -156,6 +156,7 @@ class RolloutGeneration(VLLMGeneration):
     def sync_weights(self):
         if self.mode == "server":
             # A server that is gone would leave the other ranks waiting inside the transfer.
+            self._server_error = None
             if self.accelerator.is_main_process:
                 try:
                     requests.get(f"{self.vllm_client.base_url}/health", timeout=60).raise_for_status()

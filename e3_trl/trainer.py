@@ -126,7 +126,7 @@ class E3GRPOTrainer(GRPOTrainer):
         reward_list = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         eval_list = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         fixed_columns = not (kwargs.get("environment_factory") or kwargs.get("rollout_func"))
-        check_run(args, reward_list, train_dataset, eval_list, fixed_columns)
+        check_run(args, reward_list, train_dataset, eval_list, fixed_columns, bool(kwargs.get("tools")))
 
         # The schedule moves `temperature`; these are TRL's fused LM heads, which read it from a closure.
         self._temperature_cells: list[CellType] = []
@@ -205,7 +205,10 @@ class E3GRPOTrainer(GRPOTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except VLLMServerError:
             # Between two optimizer steps the run can go on from where it stands, whenever it last saved.
-            if self.state.global_step > 0 and not self._inside_optimizer_step:
+            saved = last_complete_checkpoint(self.args.output_dir) or ""
+            self.accelerator.wait_for_everyone()
+            is_new = self.state.global_step > 0 and not saved.endswith(f"-{self.state.global_step}")
+            if is_new and not self._inside_optimizer_step:
                 self._save_checkpoint(self.model, trial=None)
             raise
 
@@ -243,9 +246,14 @@ class E3GRPOTrainer(GRPOTrainer):
         return rewards_per_func
 
     def _generate(self, prompts):
+        batch = self._num_generation_batches
+        if not self.model.training and self.use_vllm:
+            groups = np.arange(len(prompts) * self.accelerator.num_processes) // self.num_generations_eval
+            # Rounds that training does not get to.
+            evaluation_round = self.args.max_resample_rounds + 1 + len(self._eval_correctness)
+            self.vllm_generation.set_seeds(self.args.seed, batch, groups, evaluation_round)
         if not self.model.training or self.difficulty_tracker is None:
             return super()._generate(prompts)
-        batch = self._num_generation_batches
         if self.use_vllm:
             self.vllm_generation.set_seeds(self.args.seed, batch, self._prompt_ids)
         output = super()._generate(prompts)
@@ -255,13 +263,18 @@ class E3GRPOTrainer(GRPOTrainer):
         sampling = DynamicSampling(self._prompt_ids, len(self.train_dataset), [self.args.seed, batch])
         first = self.accelerator.process_index * len(prompts)
         share = slice(first, first + len(prompts))
-        rows = []
+        columns, rows = list(self._inputs[0]), []
         while True:
             prompt_ids, completion_ids, _, completions, logprobs, *rest = output
+            self._pending_extra_logs.clear()
             rewards = self._calculate_rewards(self._inputs, prompts, completions, completion_ids)
-            sampling.observe((rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).cpu().numpy())
-            columns = self._inputs, prompts, prompt_ids, completion_ids, completions, logprobs or prompts
-            rows += gather_object(list(zip(*columns, strict=True)))
+            total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            sampling.observe(total.masked_fill(rewards.isnan().all(dim=1), torch.nan).cpu().numpy())
+            logged = [
+                {name: values[row] for name, values in self._pending_extra_logs.items()} for row in range(len(prompts))
+            ]
+            fields = self._inputs, prompts, prompt_ids, completion_ids, completions, logprobs or prompts, logged
+            rows += gather_object(list(zip(*fields, strict=True)))
             if sampling.is_full or len(sampling.prompt_ids) > self.args.max_resample_rounds:
                 break
             drawn = sampling.draw()
@@ -269,15 +282,18 @@ class E3GRPOTrainer(GRPOTrainer):
                 break
             if self.use_vllm:
                 self.vllm_generation.set_seeds(self.args.seed, batch, drawn, len(sampling.prompt_ids) - 1)
-            self._inputs[:] = [self.train_dataset[int(index)] for index in drawn[share]]
-            prompts[:] = [example["prompt"] for example in self._inputs]
+            examples = [self.train_dataset[int(index)] for index in drawn[share]]
+            self._inputs[:] = [{name: example[name] for name in columns} for example in examples]
+            prompts[:] = [example["prompt"] for example in examples]
             output = super()._generate(prompts)
 
         self._sampled_ids, self._kept_rows = np.concatenate(sampling.prompt_ids), sampling.rows
-        self._pending_extra_logs.clear()  # of all rows, kept or not
+        self._groups = sampling.slots
         kept = zip(*(rows[row] for row in sampling.rows[share]), strict=True)
         # TRL goes on with its own lists of inputs and prompts, which become those of the groups kept.
-        self._inputs[:], prompts[:], prompt_ids, completion_ids, completions, kept_logprobs = map(list, kept)
+        self._inputs[:], prompts[:], prompt_ids, completion_ids, completions, kept_logprobs, logged = map(list, kept)
+        for name in sorted({name for row in rows for name in row[-1]}):  # on all ranks the same
+            self._pending_extra_logs[name] = [row.get(name) for row in logged]
         return prompt_ids, completion_ids, None, completions, kept_logprobs if logprobs else None, *rest
 
     def _generate_and_score_completions(self, inputs):
@@ -285,7 +301,7 @@ class E3GRPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
-        self._prompt_ids = self._sampled_ids = prompt_ids.cpu().numpy()
+        self._prompt_ids = self._sampled_ids = self._groups = prompt_ids.cpu().numpy()
         self._inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
         self._scored, self._kept_rows = [], None
         output = super()._generate_and_score_completions(self._inputs)
@@ -309,21 +325,21 @@ class E3GRPOTrainer(GRPOTrainer):
 
         # TRL compares rows of `num_generations`; a group here has its prompt's own number of completions.
         kept = slice(None) if self._kept_rows is None else self._kept_rows
-        rewards_per_func, group_ids = rewards_per_func[kept].clone(), self._sampled_ids[kept]
+        rewards_per_func, groups = rewards_per_func[kept].clone(), torch.as_tensor(self._groups, device=device)
         if self.args.length_bias_coef > 0:
             correct = torch.as_tensor(correctness[kept] > 0.5, device=device)
             rewards_per_func[:, self._difficulty_reward_index] -= length_bias(
                 correct,
                 lengths[kept],
-                torch.as_tensor(group_ids, device=device),
-                torch.as_tensor(difficulty[group_ids], device=device),
+                groups,
+                torch.as_tensor(difficulty[self._sampled_ids[kept]], device=device),
                 self.args.length_bias_coef,
                 self.args.length_bias_fraction,
             )
         advantages, std = aggregate_advantages(
             rewards_per_func,
             self.reward_weights,
-            torch.as_tensor(group_ids, device=device),
+            groups,
             self.scale_rewards,
             self.multi_objective_aggregation,
         )

@@ -22,6 +22,7 @@ def check_run(
     train_dataset: Dataset | IterableDataset | None,
     eval_datasets: list[Dataset | IterableDataset],
     fixed_columns: bool = True,
+    tools: bool = False,
 ) -> None:
     """
     Raise `ValueError`, naming the field, its value and the remedy, if the run cannot be trained as configured.
@@ -33,6 +34,8 @@ def check_run(
         eval_datasets (`list`): data to evaluate on.
         fixed_columns (`bool`, *optional*, defaults to `True`):
             Whether all columns come from the dataset. Environments and rollout functions can add to them.
+        tools (`bool`, *optional*, defaults to `False`):
+            Whether completions can call tools.
     """
     callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
     if fixed_columns:
@@ -45,10 +48,11 @@ def check_run(
             f"{names}. Set it to one of them, or to None for the first."
         )
     sized = isinstance(train_dataset, Dataset)
-    if args.dynamic_sampling and not (sized and fixed_columns):
+    images = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or [])
+    if args.dynamic_sampling and (not sized or not fixed_columns or tools or images):
         raise ValueError(
-            "dynamic_sampling is set, but further prompts cannot be drawn from a stream, an environment or a rollout "
-            "function. Set it to False, or train on a `Dataset` alone."
+            "dynamic_sampling is set, but it works on text alone: no stream, image column, tool, environment or "
+            "rollout function. Set it to False, or leave these out."
         )
     annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
     if annealing and not sized and args.max_steps <= 0:

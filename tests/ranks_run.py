@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import safetensors.torch
 from conftest import build_trainer
@@ -43,13 +44,13 @@ class Recorder(TrainerCallback):
 
 
 def force_completions(trainer):
-    """Give every row a completion that depends on nothing but the generation batch and the row's place in it."""
+    """Give every row a completion that depends on nothing but the batch, the round and the row's place in it."""
 
     def generate(prompt_ids, images, multimodal_fields, num_generations, *args):
         first = trainer.accelerator.process_index * len(prompt_ids)
         completions = []
         for row in range(first, first + len(prompt_ids)):
-            rng = np.random.default_rng([trainer._num_generation_batches, row])
+            rng = np.random.default_rng([trainer._num_generation_batches, len(trainer._scored), row])
             completions.append(rng.integers(2, trainer.model.config.vocab_size, size=rng.integers(1, 9)).tolist())
         return completions, None
 
@@ -66,6 +67,8 @@ def save_weights(trainer):
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     resume, kill_at, forced = (settings.pop(name, None) for name in ("resume", "kill_at", "forced"))
+    if "reward_funcs" in settings:
+        settings["reward_funcs"] = getattr(conftest, settings["reward_funcs"])
     trainer = build_trainer(settings.pop("model_path"), settings.pop("output_dir"), use_cpu=False, **settings)
     if forced:
         force_completions(trainer)

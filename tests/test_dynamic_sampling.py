@@ -119,3 +119,35 @@ def test_a_resumed_run_draws_the_same_prompts(make_trainer):
     rows = [row for row in read_rollouts(whole.args.output_dir) if row["step"] > 6]
     assert read_rollouts(resumed.args.output_dir) == rows
     assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_unscorable_completions_do_not_make_a_group_differ(make_trainer):
+    def right_or_unscorable(completions, **kwargs):
+        return [None if index % 4 == 0 else 1.0 for index in range(len(completions))]
+
+    trainer, _ = train(make_trainer, reward_funcs=right_or_unscorable, max_resample_rounds=2, max_steps=1)
+    assert logged(trainer, "rollouts/sampled") == [48.0]
+
+
+def test_rewards_see_the_columns_of_the_dataset_and_log_the_rows_that_are_kept(make_trainer):
+    def strict_reward(prompts, completions, completion_ids, threshold, trainer_state, log_extra, log_metric):
+        log_extra("of_prompt", list(prompts))
+        return split_reward(completions, threshold)
+
+    settings = {"reward_funcs": strict_reward, "log_completions": True, "eval_strategy": "steps", "eval_steps": 2}
+    trainer, _ = train(
+        make_trainer, eval_dataset=make_dataset(2), per_device_eval_batch_size=4, max_steps=4, **settings
+    )
+    assert max(logged(trainer, "rollouts/discarded")) > 0
+    assert len(trainer._logs["prompt"]) == 16
+    assert list(trainer._logs["extra"]["of_prompt"]) == list(trainer._logs["prompt"])
+
+
+def test_a_prompt_that_is_there_twice_makes_two_groups():
+    sampling = DynamicSampling(np.repeat([0, 1], 2), num_prompts=2, seed=[0])
+    sampling.observe(np.array([0.0, 0.0, 1.0, 1.0]))
+    while set(sampling.draw()[:2]) != {1}:
+        sampling.observe(np.zeros(4))
+    sampling.observe(np.array([1.0, 0.0, 0.0, 0.0]))
+    assert np.concatenate(sampling.prompt_ids)[sampling.rows].tolist() == [1, 1, 1, 1]
+    assert sampling.slots.tolist() == [0, 0, 1, 1]

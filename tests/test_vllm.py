@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import build_trainer, logged, save_tiny_model
+from conftest import build_trainer, logged, make_dataset, save_tiny_model
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
@@ -103,6 +103,27 @@ def test_copies_of_a_prompt_differ(make_trainer, request_seeds):
     batch = trainer._buffered_inputs[0]
     rows = Counter(zip(*(map(tuple, batch[name].tolist()) for name in ("prompt_ids", "completion_ids")), strict=True))
     assert max(rows.values()) == 1
+
+
+def test_every_evaluation_batch_has_seeds_of_its_own(make_trainer):
+    trainer = make_trainer(
+        **VLLM,
+        vllm_request_seeds=True,
+        eval_dataset=make_dataset(12),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        num_generations_eval=2,
+        max_steps=2,
+    )
+    calls = record_requests(trainer)
+    trainer.train()
+    # Each step, four prompts are trained on and three batches of four evaluated on.
+    assert [len(call) for call in calls] == [4] * 8
+    evaluations = [calls[1:4], calls[5:8]]
+    assert all(n == 2 for batches in evaluations for call in batches for _, n, _, _ in call)
+    seeds = [seed for call in calls for *_, seed in call]
+    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.fixture

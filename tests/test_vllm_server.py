@@ -94,9 +94,7 @@ def test_groups_of_other_sizes_get_their_own_completions_and_a_lost_server_loses
     with vllm_server(model_path, port) as server:
         trainer = make_trainer(**settings(port, **rows))
         trainer.add_callback(KillServer(server, step=7))
-        remedy = (
-            rf"127.0.0.1:{port} .*does not answer.*Start it with .*vllm serve {model_path} .*resume_from_checkpoint"
-        )
+        remedy = rf"127.0.0.1:{port} .*failed: .*start it with .*vllm serve {model_path} .*resume_from_checkpoint"
         with pytest.raises(VLLMServerError, match=remedy):
             trainer.train()
     # The 16 prompts are one batch: each step is a pass, and the budgets differ from the second on.

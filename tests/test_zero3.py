@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_trainer
+from conftest import build_trainer, length_reward
 from ranks_run import Recorder, force_completions, save_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -55,6 +55,14 @@ def assert_same_state(one, other):
         ]
         assert a["target"] == pytest.approx(b["target"], rel=1e-6)
         assert a["temperature"] == pytest.approx(b["temperature"], rel=1e-6)
+
+
+def assert_same_advantages(two_ranks, expected):
+    halves = zip(*(recorded(two_ranks, rank)[1] for rank in range(2)), strict=True)
+    for whole, (first, second) in zip(expected, halves, strict=True):
+        (forced, values), (completions, found) = (zip(*sorted(rows), strict=True) for rows in (whole, first + second))
+        assert completions == forced
+        assert found == pytest.approx(values, abs=1e-6)
 
 
 def assert_same_update(start, one, other, rel):
@@ -116,9 +124,11 @@ def one_rank(model_path, output_dir, **settings):
 
 def test_two_ranks_compute_the_gradient_of_one(model_path, tmp_path):
     settings = STRADDLING | {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0}  # SGD's update is the gradient
-    one_rank(model_path, tmp_path / "one", **settings)
-    done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
+    one_rank(model_path, tmp_path / "one", **settings | {"reward_funcs": length_reward})
+    settings |= {"per_device_train_batch_size": 12, "reward_funcs": "length_reward"}
+    done = launch(model_path, tmp_path / "two", forced=True, **settings)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert all(value != 0 for _, value in recorded(tmp_path / "one")[1][0]), "of the group that lies on both, too"
     weights = [tmp_path / name / "weights.safetensors" for name in ("one", "two")]
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-5)
 
@@ -162,6 +172,18 @@ def test_two_ranks_do_what_one_does_and_go_on_as_one(model_path, tmp_path):
     assert_same_state(recorded(tmp_path / "on")[0], steps[6:])
     weights = [tmp_path / name / "weights.safetensors" for name in ("one", "on")]
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-4)
+
+
+def test_two_ranks_keep_the_groups_that_one_keeps(model_path, tmp_path):
+    """Dynamic sampling moves groups from rank to rank."""
+    settings = STRADDLING | {"dynamic_sampling": True, "max_resample_rounds": 4, "adam_epsilon": 1e-3}
+    one_rank(model_path, tmp_path / "one", **settings)
+    done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps, advantages = recorded(tmp_path / "one")
+    assert sum(steps[-1]["rollouts"]) > 12 * 24, "batches were sampled anew"
+    assert_same_state(recorded(tmp_path / "two")[0], steps)
+    assert_same_advantages(tmp_path / "two", advantages)
 
 
 def test_a_rank_that_dies_ends_the_job_which_then_resumes(model_path, tmp_path):

@@ -20,7 +20,7 @@ from recipes.prepare_data import PreparationArguments, balance, drop_known, main
 
 
 ROOT = Path(__file__).parent.parent
-PAPER_DATA = Path("/work/shared/data")
+PAPER_DATA = Path(__file__).parents[2] / "shared" / "data"
 PROBLEMS = [
     {"problem": f"say {name}:", "answer": str(1 + index % 4), "source": "even" if index % 2 else "odd"}
     for index, name in enumerate("abcdefghijkl")

@@ -57,11 +57,6 @@ class DynamicSampling:
         return bool((self._taken >= 0).all())
 
     @property
-    def slots(self) -> np.ndarray:
-        """Slot of each row of the batch, shape `(N,)`: its group, even if a prompt is there twice."""
-        return np.repeat(np.arange(len(self.sizes)), self.sizes)
-
-    @property
     def rows(self) -> np.ndarray:
         """Rows of the batch as it stands, shape `(N,)`, counted through all rounds."""
         begins = np.where(self._taken >= 0, self._taken, self.starts)

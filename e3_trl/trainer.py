@@ -53,7 +53,8 @@ class E3GRPOTrainer(GRPOTrainer):
 
     It differs from [`~trl.GRPOTrainer`] in two things, each of which can be switched off: the number of completions
     per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
-    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit.
+    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit. Two more can be switched
+    on: a length bias for easy prompts (`length_bias_coef`), and DAPO's dynamic sampling (`dynamic_sampling`).
 
     What is overridden, each around a call of `super()`:
 
@@ -288,7 +289,6 @@ class E3GRPOTrainer(GRPOTrainer):
             output = super()._generate(prompts)
 
         self._sampled_ids, self._kept_rows = np.concatenate(sampling.prompt_ids), sampling.rows
-        self._groups = sampling.slots
         kept = zip(*(rows[row] for row in sampling.rows[share]), strict=True)
         # TRL goes on with its own lists of inputs and prompts, which become those of the groups kept.
         self._inputs[:], prompts[:], prompt_ids, completion_ids, completions, kept_logprobs, logged = map(list, kept)
@@ -301,7 +301,7 @@ class E3GRPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
-        self._prompt_ids = self._sampled_ids = self._groups = prompt_ids.cpu().numpy()
+        self._prompt_ids = self._sampled_ids = prompt_ids.cpu().numpy()
         self._inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
         self._scored, self._kept_rows = [], None
         output = super()._generate_and_score_completions(self._inputs)
@@ -325,7 +325,8 @@ class E3GRPOTrainer(GRPOTrainer):
 
         # TRL compares rows of `num_generations`; a group here has its prompt's own number of completions.
         kept = slice(None) if self._kept_rows is None else self._kept_rows
-        rewards_per_func, groups = rewards_per_func[kept].clone(), torch.as_tensor(self._groups, device=device)
+        # Groups keep the places, and so the ids, of the first round's.
+        rewards_per_func, groups = rewards_per_func[kept].clone(), torch.as_tensor(self._prompt_ids, device=device)
         if self.args.length_bias_coef > 0:
             correct = torch.as_tensor(correctness[kept] > 0.5, device=device)
             rewards_per_func[:, self._difficulty_reward_index] -= length_bias(

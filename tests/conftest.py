@@ -29,6 +29,11 @@ def length_reward(completions, **kwargs):
     return [len(text) / 7 if isinstance(text, str) else len(text[0]["content"]) / 7 for text in completions]
 
 
+def easy_prompt_reward(completions, threshold, **kwargs):
+    """1 for a prompt of threshold 0, whatever the completion."""
+    return [float(t == 0) for t in threshold]
+
+
 def sometimes_none_reward(completions, threshold, **kwargs):
     """Cannot score every third completion."""
     rewards = vowel_reward(completions, threshold)

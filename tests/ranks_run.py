@@ -68,7 +68,9 @@ if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     resume, kill_at, forced = (settings.pop(name, None) for name in ("resume", "kill_at", "forced"))
     if "reward_funcs" in settings:
-        settings["reward_funcs"] = getattr(conftest, settings["reward_funcs"])
+        settings["reward_funcs"] = [getattr(conftest, name) for name in settings["reward_funcs"]]
+    if "eval_prompts" in settings:
+        settings["eval_dataset"] = conftest.make_dataset(settings.pop("eval_prompts"))
     trainer = build_trainer(settings.pop("model_path"), settings.pop("output_dir"), use_cpu=False, **settings)
     if forced:
         force_completions(trainer)
@@ -77,3 +79,6 @@ if __name__ == "__main__":
     trainer.save_state()
     trainer.save_model()
     save_weights(trainer)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))

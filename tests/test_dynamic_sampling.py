@@ -143,11 +143,19 @@ def test_rewards_see_the_columns_of_the_dataset_and_log_the_rows_that_are_kept(m
     assert list(trainer._logs["extra"]["of_prompt"]) == list(trainer._logs["prompt"])
 
 
-def test_a_prompt_that_is_there_twice_makes_two_groups():
-    sampling = DynamicSampling(np.repeat([0, 1], 2), num_prompts=2, seed=[0])
-    sampling.observe(np.array([0.0, 0.0, 1.0, 1.0]))
-    while set(sampling.draw()[:2]) != {1}:
-        sampling.observe(np.zeros(4))
-    sampling.observe(np.array([1.0, 0.0, 0.0, 0.0]))
-    assert np.concatenate(sampling.prompt_ids)[sampling.rows].tolist() == [1, 1, 1, 1]
-    assert sampling.slots.tolist() == [0, 0, 1, 1]
+def test_a_prompt_that_is_there_twice_is_trained_on_as_two_groups(make_trainer):
+    rounds = []
+
+    def first_group_of_the_second_round(completions, **kwargs):
+        rounds.append(None)
+        return [1.0, 0.0, 1.0, 0.0, *[0.0] * 12] if len(rounds) % 2 == 0 else [0.0] * 16
+
+    settings = {
+        "train_dataset": make_dataset(5),
+        "max_resample_rounds": 1,
+        "rollout_allocation": "uniform",
+        "max_steps": 6,
+    }
+    _, batches = train(make_trainer, reward_funcs=first_group_of_the_second_round, **settings)
+    assert any(len(batch["prompt_ids"].unique(dim=0)) < 4 for batch in batches)
+    assert [int((batch["advantages"] != 0).sum()) for batch in batches] == [4] * 6

@@ -125,12 +125,17 @@ def one_rank(model_path, output_dir, **settings):
 def test_two_ranks_compute_the_gradient_of_one(model_path, tmp_path):
     settings = STRADDLING | {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0}  # SGD's update is the gradient
     one_rank(model_path, tmp_path / "one", **settings | {"reward_funcs": length_reward})
-    settings |= {"per_device_train_batch_size": 12, "reward_funcs": "length_reward"}
+    # The second does not count towards the gradient, but towards pass@1.
+    settings |= {"reward_funcs": ["length_reward", "easy_prompt_reward"], "reward_weights": [1.0, 0.0]}
+    settings |= {"difficulty_reward_func": "easy_prompt_reward", "per_device_train_batch_size": 12}
+    settings |= {"eval_prompts": 5, "num_generations_eval": 4, "per_device_eval_batch_size": 8}
     done = launch(model_path, tmp_path / "two", forced=True, **settings)
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(value != 0 for _, value in recorded(tmp_path / "one")[1][0]), "of the group that lies on both, too"
     weights = [tmp_path / name / "weights.safetensors" for name in ("one", "two")]
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-5)
+    # Two of five prompts. accelerate fills the last batch up with the first ones, which are not to count twice.
+    assert json.loads((tmp_path / "two" / "eval.json").read_text())["eval_pass@1"] == pytest.approx(2 / 5)
 
 
 def test_two_ranks_do_what_one_does_and_go_on_as_one(model_path, tmp_path):

@@ -81,4 +81,5 @@ if __name__ == "__main__":
     save_weights(trainer)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
-        (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))
+        if trainer.accelerator.is_main_process:
+            (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))

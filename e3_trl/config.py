@@ -61,6 +61,17 @@ class E3GRPOConfig(GRPOConfig):
         max_resample_rounds (`int`, *optional*, defaults to `10`):
             How often a batch is sampled anew at most. Each round costs as many rollouts as the batch has.
 
+        > Parameters of PREPO (https://huggingface.co/papers/2511.00794)
+
+        prompt_selection_ratio (`float`, *optional*, defaults to `1.0`):
+            Part of the prompts that is sampled, at least 1 / `num_generations`; 0.2 in PREPO. Each batch's prompts are
+            chosen by perplexity under the current policy from 1 / `prompt_selection_ratio` times as many, low early
+            in the run and high late. 1 = all are sampled. For text without tools. Perplexity follows a prompt's
+            length and language too; the prompts that dynamic sampling adds are not chosen by it.
+        entropy_weighting (`bool`, *optional*, defaults to `False`):
+            Whether a completion's advantage is multiplied by its mean entropy relative to the batch's. For text.
+            Differs from PREPO: with `beta > 0` the KL term is not weighted.
+
         > Parameters that control generation with vLLM
 
         vllm_request_seeds (`bool`, *optional*, defaults to `False`):
@@ -143,6 +154,21 @@ class E3GRPOConfig(GRPOConfig):
         default=10, metadata={"help": "How often dynamic sampling samples a batch anew at most."}
     )
 
+    # Parameters of PREPO
+    prompt_selection_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Part of the prompts that is sampled, chosen by perplexity, low early in the run and high late. "
+            "1 = all."
+        },
+    )
+    entropy_weighting: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a completion's advantage is multiplied by its mean entropy relative to the batch's."
+        },
+    )
+
     # Parameters that control generation with vLLM
     vllm_request_seeds: bool = field(
         default=False,
@@ -218,6 +244,11 @@ class E3GRPOConfig(GRPOConfig):
                 f"max_resample_rounds is {self.max_resample_rounds}. Set it to 1 or more, or dynamic_sampling to "
                 "False."
             )
+        if not 0 < self.prompt_selection_ratio <= 1 or self.num_candidates > self.generation_batch_size:
+            raise ValueError(
+                f"prompt_selection_ratio is {self.prompt_selection_ratio}. Set it to at least 1 / num_generations "
+                f"({1 / self.num_generations:.3g}), for a batch has a row for each candidate, and to at most 1."
+            )
         if self.rollout_allocation == "rank":
             self.make_budget_schedule()
         if self.temperature_schedule == "entropy":
@@ -258,6 +289,11 @@ class E3GRPOConfig(GRPOConfig):
                 f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
                 "set use_vllm to False."
             )
+
+    @property
+    def num_candidates(self) -> int:
+        """Prompts that those of one generation batch are chosen from, themselves among them."""
+        return round(self.generation_batch_size // self.num_generations / self.prompt_selection_ratio)
 
     def make_budget_schedule(self) -> RolloutBudgetSchedule:
         """The bounds of the rollout budget as configured; `ValueError` if they are out of order."""

@@ -25,8 +25,13 @@ class RolloutBudgetSampler(RepeatSampler):
             Ranks of the prompts. The sampler re-ranks it when a new pass begins.
         budget_schedule (`RolloutBudgetSchedule`, *optional*):
             Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Prompts per generation batch.
+        num_candidates (`int`, *optional*):
+            Prompts that the trainer chooses these from (PREPO). The batch's rows are then spread evenly over the
+            candidates, and the trainer asks for the [`rows`] of its choice. At most `batch_size * mini_repeat_count`.
         **kwargs:
-            Arguments of [`~trl.trainer.utils.RepeatSampler`].
+            Other arguments of [`~trl.trainer.utils.RepeatSampler`].
 
     Attributes:
         epoch (`int`): passes over the dataset before this one.
@@ -53,9 +58,16 @@ class RolloutBudgetSampler(RepeatSampler):
     """
 
     def __init__(
-        self, difficulty: DifficultyTracker, budget_schedule: RolloutBudgetSchedule | None = None, **kwargs
+        self,
+        difficulty: DifficultyTracker,
+        budget_schedule: RolloutBudgetSchedule | None = None,
+        batch_size: int = 1,
+        num_candidates: int | None = None,
+        **kwargs,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(batch_size=num_candidates or batch_size, **kwargs)
+        self.rows_per_batch = batch_size * self.mini_repeat_count
+        self.num_candidates = num_candidates
         self.difficulty = difficulty
         self.budget_schedule = budget_schedule
         self.epoch = 0
@@ -88,10 +100,20 @@ class RolloutBudgetSampler(RepeatSampler):
             for _ in range(self.epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
         stream = super().__iter__()
-        rows_per_batch = self.batch_size * self.mini_repeat_count
-        while rows := list(islice(stream, rows_per_batch * self.repeat_count)):
-            if self.budget_schedule is not None:
-                prompts_P = np.array(rows[: rows_per_batch : self.mini_repeat_count])
-                budget_P = self.budget_schedule.allocate(self.difficulty.difficulty[prompts_P], self.epoch)
-                rows = np.repeat(prompts_P, budget_P).tolist() * self.repeat_count
-            yield from rows
+        rows_per_prompt = self.mini_repeat_count * self.repeat_count
+        while repeated := list(islice(stream, self.batch_size * rows_per_prompt)):
+            prompts_P = np.array(repeated[: self.batch_size * self.mini_repeat_count : self.mini_repeat_count])
+            if self.num_candidates is None:
+                rows = self.rows(prompts_P)
+            else:
+                rows = prompts_P[np.arange(self.rows_per_batch) * self.batch_size // self.rows_per_batch]
+            yield from rows.tolist() * self.repeat_count
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size * self.rows_per_batch * self.repeat_count
+
+    def rows(self, prompts: np.ndarray) -> np.ndarray:
+        """Each prompt of one generation batch as often as its budget says, shape `(rows_per_batch,)`."""
+        if self.budget_schedule is None:
+            return np.repeat(prompts, self.mini_repeat_count)
+        return np.repeat(prompts, self.budget_schedule.allocate(self.difficulty.difficulty[prompts], self.epoch))

@@ -3,6 +3,7 @@
 import inspect
 import os
 import textwrap
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from types import CellType
@@ -16,6 +17,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
 
 from .advantages import aggregate_advantages, length_bias
 from .callbacks import EngineCheckCallback, TemperatureCallback
@@ -33,6 +36,7 @@ from .difficulty import DifficultyTracker
 from .dynamic_sampling import DynamicSampling
 from .generation import RolloutGeneration, VLLMServerError
 from .metrics import validation_metrics
+from .prepo import entropy_weights, prompt_perplexity, select_by_perplexity
 from .publishing import complete_model_card
 from .runs import describe_run
 from .sampler import RolloutBudgetSampler
@@ -53,8 +57,9 @@ class E3GRPOTrainer(GRPOTrainer):
 
     It differs from [`~trl.GRPOTrainer`] in two things, each of which can be switched off: the number of completions
     per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
-    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit. Two more can be switched
-    on: a length bias for easy prompts (`length_bias_coef`), and DAPO's dynamic sampling (`dynamic_sampling`).
+    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit. More can be switched on: a
+    length bias for easy prompts (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice
+    of prompts by perplexity (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
 
     What is overridden, each around a call of `super()`:
 
@@ -67,7 +72,8 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
     | `_generate` | seed vLLM; sample further prompts in place of those whose rewards are all equal (DAPO) |
     | `_calculate_rewards` | keep the gathered rewards and completion lengths |
-    | `_generate_and_score_completions` | advantages for groups of any size; count rewards towards difficulty |
+    | `_generate_and_score_completions` | choose prompts (PREPO); count rewards; advantages for groups of any size |
+    | `_get_per_token_logps_and_entropies` | keep the entropies of completions that are being scored (PREPO) |
     | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule |
     | `evaluation_loop` | evaluate at `eval_temperature`; log pass@1 and pass@k |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | E3's state in the checkpoint |
@@ -142,6 +148,7 @@ class E3GRPOTrainer(GRPOTrainer):
         self._num_generation_batches = 0
         self._inside_optimizer_step = False
         self._scored, self._kept_rows = [], None
+        self._scoring_entropies: list[torch.Tensor] | None = None
         self._eval_correctness: list[torch.Tensor] = []
         kwargs["callbacks"] = [
             *(kwargs.get("callbacks") or []),
@@ -224,6 +231,7 @@ class E3GRPOTrainer(GRPOTrainer):
             difficulty=self.difficulty_tracker,
             budget_schedule=self.args.make_budget_schedule() if self.args.rollout_allocation == "rank" else None,
             data_source=sampler.data_source,
+            num_candidates=self.args.num_candidates if self.args.prompt_selection_ratio < 1 else None,
             mini_repeat_count=sampler.mini_repeat_count,
             batch_size=sampler.batch_size,
             repeat_count=sampler.repeat_count,
@@ -283,9 +291,8 @@ class E3GRPOTrainer(GRPOTrainer):
                 break
             if self.use_vllm:
                 self.vllm_generation.set_seeds(self.args.seed, batch, drawn, len(sampling.prompt_ids) - 1)
-            examples = [self.train_dataset[int(index)] for index in drawn[share]]
-            self._inputs[:] = [{name: example[name] for name in columns} for example in examples]
-            prompts[:] = [example["prompt"] for example in examples]
+            self._inputs[:] = self._examples(drawn[share], columns)
+            prompts[:] = [example["prompt"] for example in self._inputs]
             output = super()._generate(prompts)
 
         self._sampled_ids, self._kept_rows = np.concatenate(sampling.prompt_ids), sampling.rows
@@ -300,10 +307,18 @@ class E3GRPOTrainer(GRPOTrainer):
         if not self.model.training or self.difficulty_tracker is None:
             return super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
+        first = self.accelerator.process_index * len(inputs)
+        share = slice(first, first + len(inputs))
         prompt_ids = self.accelerator.gather(torch.tensor([example[PROMPT_ID] for example in inputs], device=device))
-        self._prompt_ids = self._sampled_ids = prompt_ids.cpu().numpy()
-        self._inputs = [{name: value for name, value in example.items() if name != PROMPT_ID} for example in inputs]
+        self._prompt_ids = prompt_ids.cpu().numpy()
+        columns = [name for name in inputs[0] if name != PROMPT_ID]
+        if self.args.prompt_selection_ratio < 1:
+            self._prompt_ids = self._select_prompts(self._prompt_ids)
+            inputs = self._examples(self._prompt_ids[share], columns)
+        self._sampled_ids = self._prompt_ids
+        self._inputs = [{name: example[name] for name in columns} for example in inputs]
         self._scored, self._kept_rows = [], None
+        self._scoring_entropies = []
         output = super()._generate_and_score_completions(self._inputs)
 
         # Whatever was sampled counts towards difficulty, whether it is trained on or not.
@@ -344,11 +359,80 @@ class E3GRPOTrainer(GRPOTrainer):
             self.scale_rewards,
             self.multi_objective_aggregation,
         )
-        first = self.accelerator.process_index * len(inputs)
-        output["advantages"] = advantages[first : first + len(inputs)]
+        if self.args.entropy_weighting:
+            weights = entropy_weights(self.accelerator.gather(self._completion_entropy(output)))
+            metrics["entropy_weight/max"].append(weights.max().item())
+            advantages = advantages * weights
+        self._scoring_entropies = None
+        output["advantages"] = advantages[share]
         self._logs["advantages"].extend(advantages.tolist())
         metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
         return output
+
+    def _examples(self, prompt_ids: np.ndarray, columns: list[str]) -> list[dict]:
+        """The dataset's rows for these prompts. A row is a dict of its own, which TRL may write to."""
+        examples = [self.train_dataset[int(index)] for index in prompt_ids]
+        return [{name: example[name] for name in columns} for example in examples]
+
+    def _select_prompts(self, candidate_rows: np.ndarray) -> np.ndarray:
+        """The rows of the prompts that PREPO chooses, shape `(N,)`, from rows of all candidates, the same shape."""
+        candidates = candidate_rows[np.flatnonzero(np.r_[True, candidate_rows[1:] != candidate_rows[:-1]])]
+        per_process = -(-len(candidates) // self.accelerator.num_processes)
+        share = np.resize(candidates, (self.accelerator.num_processes, per_process))[self.accelerator.process_index]
+        perplexity = self.accelerator.gather(self._prompt_perplexity(self._examples(share, ["prompt"])))
+        perplexity = perplexity[: len(candidates)].float().cpu().numpy()
+        num_selected = len(candidate_rows) // self.num_generations
+        selected = select_by_perplexity(perplexity, num_selected, self.state.global_step / self.state.max_steps)
+        self._metrics["train"]["prompt_perplexity/candidates"].append(float(perplexity.mean()))
+        self._metrics["train"]["prompt_perplexity/selected"].append(float(perplexity[selected].mean()))
+        return self._train_sampler.rows(candidates[selected])
+
+    def _prompt_perplexity(self, examples: list[dict]) -> torch.Tensor:
+        """Of each prompt's tokens after the first, at temperature 1; shape `(len(examples),)`."""
+        prompt_ids, *_ = self._tokenize_prompts([example["prompt"] for example in examples])
+        tokens = [torch.tensor(ids, device=self.accelerator.device) for ids in prompt_ids]
+        input_ids = pad(tokens, self._tokenizer.pad_token_id)
+        mask = pad([torch.ones_like(ids) for ids in tokens])
+        with self._at_temperature(1.0):
+            logps = self._score(input_ids, mask, input_ids.size(1) - 1)
+        return prompt_perplexity(logps, mask[:, 1:])
+
+    def _completion_entropy(self, output: dict) -> torch.Tensor:
+        """Mean entropy of each completion's tokens in this process, NaN without any; shape `(len(inputs),)`."""
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        if "old_per_token_logps" not in output:  # TRL had no use for a forward pass of the policy
+            self._scoring_entropies.clear()
+            tokens, attended = (
+                torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+            )
+            self._score(tokens, attended, mask.size(1))
+        return (self._scoring_entropies[0] * mask).sum(dim=1) / mask.sum(dim=1)
+
+    @torch.no_grad()
+    def _score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+        """Log-probs of the last `logits_to_keep` tokens under the policy, without gradient."""
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._get_per_token_logps_and_entropies(
+                self.model, input_ids, attention_mask, logits_to_keep, self.args.per_device_train_batch_size
+            )[0]
+
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        # TRL's first pass while it scores completions is the policy's, if it makes one (with LoRA, perhaps the
+        # reference's: then no log-probs are in its output).
+        keep = self.args.entropy_weighting and self._scoring_entropies == [] and model is self.model
+        compute_entropy = compute_entropy or keep
+        output = super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+        if keep:
+            self._scoring_entropies.append(output[1])
+        return output
+
+    @contextmanager
+    def _at_temperature(self, temperature: float):
+        scheduled, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = scheduled
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
@@ -363,13 +447,9 @@ class E3GRPOTrainer(GRPOTrainer):
         return loss
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        training_temperature = self.temperature
-        self.temperature = self.args.eval_temperature or self.args.temperature
         self._eval_correctness.clear()
-        try:
+        with self._at_temperature(self.args.eval_temperature or self.args.temperature):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
-        finally:
-            self.temperature = training_temperature
         if self._eval_correctness:
             samples = torch.cat(self._eval_correctness).view(-1, self.num_generations_eval).cpu().numpy()
             if isinstance(dataloader.dataset, Dataset):

@@ -49,11 +49,17 @@ def check_run(
         )
     sized = isinstance(train_dataset, Dataset)
     images = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or [])
-    if args.dynamic_sampling and (not sized or not fixed_columns or tools or images):
-        raise ValueError(
-            "dynamic_sampling is set, but it works on text alone: no stream, image column, tool, environment or "
-            "rollout function. Set it to False, or leave these out."
-        )
+    text_only = {
+        "dynamic_sampling": args.dynamic_sampling,
+        "prompt_selection_ratio": args.prompt_selection_ratio < 1,
+        "entropy_weighting": args.entropy_weighting,
+    }
+    for name, is_set in text_only.items():
+        if is_set and (not sized or not fixed_columns or tools or images):
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but it works on text alone: no stream, image column, tool, "
+                f"environment or rollout function. Set it to {getattr(E3GRPOConfig, name)}, or leave these out."
+            )
     annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
     if annealing and not sized and args.max_steps <= 0:
         raise ValueError(
@@ -67,12 +73,12 @@ def check_run(
         )
     if sized:
         _check_difficulty_column(args.difficulty_column, train_dataset)
-        prompts_per_batch = args.generation_batch_size // args.num_generations
-        if len(train_dataset) < prompts_per_batch:
+        if len(train_dataset) < args.num_candidates:
             raise ValueError(
-                f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts_per_batch} of one "
+                f"train_dataset has {len(train_dataset)} prompts, fewer than the {args.num_candidates} of one "
                 f"generation batch (generation_batch_size {args.generation_batch_size} / num_generations "
-                f"{args.num_generations}). Add prompts, or lower per_device_train_batch_size or steps_per_generation."
+                f"{args.num_generations} / prompt_selection_ratio {args.prompt_selection_ratio:g}). Add prompts, or "
+                "lower per_device_train_batch_size or steps_per_generation."
             )
 
 

@@ -94,7 +94,11 @@ def with_column(name, values):
             {"rollout_allocation": "uniform"},
             "annealing_start is 0.6, but max_steps is -1.*Set max_steps",
         ),
-        (with_column("image", ["a.png"] * 16), {"dynamic_sampling": True}, "dynamic_sampling is set.*Set it to False"),
+        (
+            with_column("image", ["a.png"] * 16),
+            {"dynamic_sampling": True},
+            "dynamic_sampling is True.*Set it to False",
+        ),
         (None, {"max_steps": 3}, "rollout_allocation is 'rank', but train_dataset is a NoneType"),
         (make_dataset().rename_column("prompt", "question"), {}, r"no column 'prompt'.*\['question', 'threshold'\]"),
         (make_dataset().remove_columns("threshold"), {}, "'vowel_reward' needs a column 'threshold'.*Add or rename"),

@@ -29,6 +29,7 @@ BLOCKS = {
     "grpo_ts": {"temperature_schedule": "entropy", "annealing_start": None},
     "grpo_ts_an": {"temperature_schedule": "entropy"},
     "dapo": {"dynamic_sampling": True, "max_resample_rounds": 10, "epsilon_high": 0.28, "loss_type": "dapo"},
+    "prepo": {"prompt_selection_ratio": 0.2, "entropy_weighting": True, "num_train_epochs": 15},
 }
 
 
@@ -70,7 +71,7 @@ def test_paper_recipes_have_the_papers_numbers(path):
     assert re.match(rf"# {processes} GPUs? of ", path.read_text())
     assert rows_per_update(args, processes) == 512
     assert prompts == 64
-    assert args.num_train_epochs * (10_240 // prompts) == 480
+    assert args.num_train_epochs * (10_240 // round(prompts / args.prompt_selection_ratio)) == 480
     assert args.vllm_max_model_length >= 2048 + args.max_completion_length
     assert processes % args.vllm_tensor_parallel_size == 0
     paper = 5e-6 if "1.5B" in model.model_name_or_path else 2e-6

@@ -179,6 +179,17 @@ def test_two_ranks_do_what_one_does_and_go_on_as_one(model_path, tmp_path):
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-4)
 
 
+def test_two_ranks_choose_the_prompts_that_one_chooses(model_path, tmp_path):
+    """PREPO: seven candidates on two ranks, and weights relative to the whole batch's mean."""
+    settings = STRADDLING | {"prompt_selection_ratio": 3 / 7, "entropy_weighting": True, "adam_epsilon": 1e-3}
+    one_rank(model_path, tmp_path / "one", **settings)
+    done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps, advantages = recorded(tmp_path / "one")
+    assert_same_state(recorded(tmp_path / "two")[0], steps)
+    assert_same_advantages(tmp_path / "two", advantages)
+
+
 def test_two_ranks_keep_the_groups_that_one_keeps(model_path, tmp_path):
     """Dynamic sampling moves groups from rank to rank."""
     settings = STRADDLING | {"dynamic_sampling": True, "max_resample_rounds": 4, "adam_epsilon": 1e-3}

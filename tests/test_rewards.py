@@ -330,12 +330,21 @@ def test_no_process_is_left(how, answer, timeout):
     work = f"pool.check([{answer!r}] * 50, ['1'] * 50)" if answer else "import time; time.sleep(60)"
     script = SCRIPT + "print(*[worker.process.pid for worker in pool._workers], flush=True)\n" + work
     command = [sys.executable, "-c", script, str(timeout)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(workers) == 2
-        time.sleep(0.3)
-        process.send_signal(how)
-        assert process.wait(10) != 0
+
+    def hear_ctrl_c() -> None:  # which a shell's background jobs, and so these tests in one, are made deaf to
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=hear_ctrl_c
+    ) as process:
+        try:
+            workers = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(workers) == 2
+            time.sleep(0.3)
+            process.send_signal(how)
+            assert process.wait(10) != 0
+        finally:
+            process.kill()
     assert ends(workers, 20)
 
 

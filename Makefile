@@ -49,7 +49,7 @@ quickstart-compare: quickstart
 	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml --seed $(SEED) --output_dir $(RUN)-grpo
 	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
 
-# A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 REPO=me/my-model.
+# A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 [REPO=me/my-model].
 # EVALUATION=outputs/evaluation puts the results of recipes/evaluate.py on the card.
 push: install
-	$(BIN)/python recipes/push.py "$(MODEL)" "$(REPO)" $(if $(EVALUATION),--evaluation "$(EVALUATION)")
+	$(BIN)/python recipes/push.py "$(MODEL)" $(if $(REPO),"$(REPO)") $(if $(EVALUATION),--evaluation "$(EVALUATION)")

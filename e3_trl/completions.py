@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .rewards import load_reward_func
 from .runs import write_json
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,6 +110,15 @@ class CompletionSampler:
     """
 
     def __init__(self, model: str, prompts: list[str | list[dict[str, str]]], config: SamplingConfig):
+        if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+            merged = f"{str(model).rstrip('/')}-merged"
+            raise ValueError(
+                f"{model} (model_name_or_path) is an adapter without its base. Merge it, and evaluate {merged}:\n"
+                'python -c "import sys, peft, transformers as t; model, merged = sys.argv[1:]; '
+                "t.AutoTokenizer.from_pretrained(model).save_pretrained(merged); "
+                'peft.AutoPeftModelForCausalLM.from_pretrained(model).merge_and_unload().save_pretrained(merged)" '
+                f"{shlex.quote(str(model))} {shlex.quote(merged)}"
+            )
         self.model, self.config = model, config
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._prompts = self._tokenize(prompts)
@@ -283,7 +297,13 @@ def score_completions(
             name: [values[row] for row in chunk for _ in range(config.num_samples)]
             for name, values in problems.items()
         }
-        scores = function(prompts=columns.pop("prompt"), completions=completions, **columns)
+        logged = {}
+        scores = function(
+            prompts=columns.pop("prompt"), completions=completions, log_metric=logged.__setitem__, **columns
+        )
+        for name, share in logged.items():
+            if name.endswith("/unchecked") and share > 0:
+                logger.warning(f"{name} is {share:.2%} in problems {chunk[0]} to {chunk[-1]}: these count as wrong.")
         return [
             {"rewards": list(scores[first : first + config.num_samples])}
             for first in range(0, len(scores), config.num_samples)

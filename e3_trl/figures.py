@@ -83,7 +83,8 @@ class Run:
     def annealing_step(self) -> int | None:
         """The step at which the target entropy begins to fall."""
         target = list(self.curve("target_entropy").items())
-        return next((step for step, value in target if value < target[0][1]), None)
+        # A mean over several steps is rounded.
+        return next((step for step, value in target if value < target[0][1] * (1 - 1e-6)), None)
 
 
 def group_runs(paths: list[str | Path]) -> dict[str, list[Run]]:

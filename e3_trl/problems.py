@@ -11,7 +11,7 @@ from datasets import load_dataset
 # The first of these that a dataset has, in any case.
 COLUMNS = {
     "prompt": ("problem", "prompt", "question"),
-    "solution": ("answer", "solution"),
+    "solution": ("answer", "final_answer", "solution"),  # OlympiadBench's `solution` is worked out
     "source": ("source", "data_source"),
 }
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -70,17 +70,27 @@ def load_problems(name: str, split: str = "test", columns: dict[str, str] | None
     for key, column in {"prompt": "one of " + ", ".join(COLUMNS["prompt"]), **renamed}.items():
         if renamed.get(key) not in dataset.column_names:
             raise ValueError(
-                f"{name!r} has no column {column!r} ({key}), only {dataset.column_names}. Name its column."
+                f"{name!r} has no column {column!r} ({key}), only {dataset.column_names}. Name its column, or "
+                "rename it."
             )
     frame = pd.DataFrame({key: dataset[column][:] for key, column in renamed.items()})
     for key in ("prompt", "solution"):
         if key in frame and frame[key].isna().any():
             raise ValueError(f"{name!r} has no {key} in row {frame[key].isna().idxmax()}. Fill it in or drop the row.")
     if "solution" in frame:
-        frame["solution"] = [mark_answer(str(answer)) for answer in frame["solution"]]
+        frame["solution"] = [mark_answer(_one_answer(answer, name)) for answer in frame["solution"]]
     if "source" not in frame:
         frame["source"] = path.stem if path.suffix in FILE_KINDS else owner_name.rsplit("/", 1)[-1]
     return frame
+
+
+def _one_answer(answer, name: str) -> str:
+    """OlympiadBench has a list around each answer."""
+    if isinstance(answer, str) or not hasattr(answer, "__len__"):
+        return str(answer)
+    if len(answer) != 1:
+        raise ValueError(f"{name!r} has a row with {len(answer)} answers, {list(answer)!r}. Join them to one text.")
+    return str(answer[0])
 
 
 def mark_answer(answer: str) -> str:

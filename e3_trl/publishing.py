@@ -53,11 +53,11 @@ def _section(folder: Path) -> str:
         intro = f"Seed {report['seed']}, {report['step']} steps. All of them: `training_args.json`."
         parts += ["### Settings", intro, _table(("setting", "value"), rows)]
     if curves:
-        # The mean over runs, at the k that all benchmarks have.
+        # The mean over runs, of other seeds' models too, at the k that all benchmarks have.
         ks = sorted(set.intersection(*(set(runs[0]) for runs in curves.values())))
         means = {name: [sum(run[k] for run in runs) / len(runs) for k in ks] for name, runs in curves.items()}
-        rows = [(name, *(f"{100 * mean:.2f}" for mean in means[name])) for name in means]
-        parts += ["### Results", _table(("benchmark", *(f"pass@{k} (%)" for k in ks)), rows)]
+        rows = [(name, *(f"{100 * mean:.2f}" for mean in means[name]), len(curves[name])) for name in means]
+        parts += ["### Results", _table(("benchmark", *(f"pass@{k} (%)" for k in ks), "mean of runs"), rows)]
     if report.get("metrics"):
         shown = [name for name in report["metrics"] if name in _METRICS or name.startswith("eval_")]
         rows = [(f"`{name}`", f"{report['metrics'][name]:.4g}") for name in shown]
@@ -150,9 +150,12 @@ def _explained(what: str):
     except (httpx.HTTPError, OSError, RuntimeError) as error:
         cause = error if isinstance(error, httpx.HTTPError) else error.__cause__ or error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        refused = f"It was refused with status {status}, for the reason above."
         remedy = {
+            400: f"{refused} Correct what it names, most often the metadata of README.md.",
             401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write.",
             403: "Use a token that can write there, or another repository (hub_model_id, or REPO of `make push`).",
+            404: f"{refused} Check the names of the repository and the branch (hub_revision).",
         }.get(status, "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE).")
         raise HubError(
             f"{what}: {cause}\n{remedy} What is trained already goes up with "

@@ -121,9 +121,15 @@ def evaluate(args: EvaluationArguments) -> dict:
     )
 
 
+def benchmark_names(reports: dict[str, dict]) -> list[str]:
+    """Those of all methods, in the order given; the average last."""
+    names = dict.fromkeys(name for report in reports.values() for name in report if name != "average")
+    return [*names, "average"]
+
+
 def compare_table(reports: dict[str, dict], k: int, box_style: box.Box) -> Table:
     """One row per method, one column per benchmark, as in Table 1 of the paper."""
-    benchmarks = next(iter(reports.values()))
+    benchmarks = benchmark_names(reports)
     table = Table(title=f"pass@1 / pass@{k} in %", title_justify="left", box=box_style)
     table.add_column("method")
     for name in benchmarks:
@@ -131,7 +137,9 @@ def compare_table(reports: dict[str, dict], k: int, box_style: box.Box) -> Table
     for method, report in reports.items():
         cells = []
         for name in benchmarks:
-            values = report.get(name, {}).get("pass@k", {})
+            # The average of other benchmarks is not to be compared.
+            comparable = name != "average" or report.keys() == set(benchmarks)
+            values = report.get(name, {}).get("pass@k", {}) if comparable else {}
             cells.append(
                 " / ".join(f"{100 * values[key]['mean']:.2f}" if key in values else "-" for key in ("1", str(k)))
             )
@@ -165,7 +173,7 @@ def tables(reports: dict[str, dict], method: str, k: int, box_style: box.Box) ->
 
 def draw(reports: dict[str, dict], path: Path) -> None:
     """pass@k against k, one panel per benchmark, with 95% intervals: the paper's Figures 5 and 6."""
-    names = next(iter(reports.values()))
+    names = benchmark_names(reports)
     figure, panels = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), squeeze=False, layout="constrained")
     for name, axes in zip(names, panels[0], strict=True):
         for method, report in reports.items():

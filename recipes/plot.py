@@ -2,8 +2,9 @@
 Draw the paper's figures from run folders. Runs that differ in their seed alone are one line, with its spread.
 
     python recipes/plot.py outputs/e3 outputs/grpo [--output_dir outputs/figures]
+    python recipes/plot.py --model outputs/e3 --prompts data/e3/validation.parquet
 
-Figure 2 (Eq. 4 against the exact temperature) is drawn too, on next-token distributions of `--model`.
+The second draws Figure 2 (Eq. 4 against the exact temperature) on next-token distributions of the model.
 """
 
 import argparse
@@ -27,6 +28,8 @@ NUM_DISTRIBUTIONS = 256
 def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np.ndarray:
     """Logits at tokens that the model samples at temperature 1, of shape (T, V)."""
     set_seed(0)
+    if not Path(prompts_file).is_file():
+        raise ValueError(f"There is no file {prompts_file!r} with prompts. Name one with --prompts.")
     kind = "parquet" if prompts_file.endswith(".parquet") else "json"
     rows = load_dataset(kind, data_files=prompts_file, split="train").shuffle(seed=0)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -50,17 +53,25 @@ def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np
     return torch.stack([logits[index] for index in chosen]).numpy()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders, or reports of recipes/evaluate.py")
+    parser.add_argument("runs", nargs="*", help="run folders, or reports of recipes/evaluate.py")
     parser.add_argument("--output_dir", default="outputs/figures", help="where to write (outputs/figures)")
     parser.add_argument("--model", help=f"model for the figure of Eq. 4 ({MODEL}, if it is there)")
     parser.add_argument("--prompts", help="parquet or JSON-lines file with a column prompt (<model>/test.jsonl)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of each completion (64)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(arguments)
+    if not (args.runs or args.model):
+        parser.error("nothing to draw. Name run folders, or a model with --model.")
 
     folder = Path(args.output_dir)
-    written = draw_runs(args.runs, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = draw_runs(args.runs, folder) if args.runs else []
     model = args.model or MODEL
     if args.model or Path(MODEL).is_dir():
         logits = sample_logits(model, args.prompts or f"{model}/test.jsonl", args.max_new_tokens)

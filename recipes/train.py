@@ -7,6 +7,7 @@ Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may s
 line, which wins.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
 
 def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
     repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    if training_args.hub_token is not None:
+        # transformers pickles the arguments beside the model, and that file is pushed.
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if training_args.push_to_hub and training_args.process_index == 0:
-        check_hub_access(repo_id, training_args.hub_token, training_args.hub_private_repo)
+        check_hub_access(repo_id, private=training_args.hub_private_repo)
     dataset = load_data(script_args)
     splits = {"dataset_train_split": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
@@ -93,7 +97,7 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
         draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
     trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)
     if training_args.push_to_hub and trainer.is_world_process_zero():
-        publish(training_args.output_dir, repo_id, training_args.hub_token, revision=training_args.hub_revision)
+        publish(training_args.output_dir, repo_id, revision=training_args.hub_revision)
 
 
 def make_parser() -> TrlParser:

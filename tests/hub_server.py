@@ -21,7 +21,7 @@ class Hub:
 
     Attributes:
         url (`str`): what `HF_ENDPOINT` has to be.
-        repos (`dict`): files of each model repository by path.
+        repos (`dict`): files of each repository by path.
         commits (`list`): repository, message and paths of each commit.
         uploads (`list`): SHA-256 of each large file that came over whole.
         failures (`list`): `(method, part of the path, what)` of requests to fail, each once and in this order: `what`
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         modes = []
         for path in (file["path"] for file in json.loads(body)["files"]):
-            mode = "lfs" if path.endswith((".safetensors", ".bin", ".png")) else "regular"
+            mode = "lfs" if path.endswith((".safetensors", ".bin", ".png", ".parquet")) else "regular"
             data = self.hub.repos[repo].get(path)
             oid = None if data is None else _git_oid(data) if mode == "regular" else hashlib.sha256(data).hexdigest()
             modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -201,10 +201,10 @@ ROUTES = [
     ("POST /api/repos/create", Handler.create),
     ("POST /api/validate-yaml", Handler.validate_yaml),
     (f"GET /api/models/{REPO}/auth-check(/write)?", Handler.auth_check),
-    (f"POST /api/models/{REPO}/preupload/main", Handler.preupload),
-    (f"POST /{REPO}.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (f"POST /api/(?:models|datasets)/{REPO}/preupload/main", Handler.preupload),
+    (f"POST /(?:datasets/)?{REPO}.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT /large/([0-9a-f]+)", Handler.put_large),
-    (f"POST /api/models/{REPO}/commit/main", Handler.commit),
+    (f"POST /api/(?:models|datasets)/{REPO}/commit/main", Handler.commit),
     (f"GET /api/models/{REPO}/tree/[^/]+", Handler.tree),
     (f"GET /api/models/{REPO}(?:/revision/[^/]+)?", Handler.info),
     (f"(?:GET|HEAD) /{REPO}/resolve/[^/]+/(.+)", Handler.resolve),

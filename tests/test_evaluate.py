@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from rich import box
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
-from e3_trl.problems import mark_answer
-from recipes.evaluate import EvaluationArguments, main
+from e3_trl.problems import load_problems, mark_answer
+from recipes.evaluate import EvaluationArguments, compare_table, main
 
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +129,59 @@ def test_what_is_on_disk_is_not_sampled_again_and_compares(settings, generated, 
     assert generated == []
     out = capsys.readouterr().out
     assert "first" in out.rsplit("pass@1 / pass@4", 1)[1]
+
+
+def test_methods_of_other_benchmarks_stand_side_by_side_and_their_averages_do_not():
+    def result(share):
+        return {"pass@k": {"1": {"mean": share, "low": share, "high": share}}}
+
+    reports = {
+        "other": {"aime": result(0.1), "average": result(0.15)},
+        "mine": {"aime": result(0.2), "math": result(0.6), "average": result(0.4)},
+    }
+    table = compare_table(reports, 1, box.MARKDOWN)
+    assert [column.header for column in table.columns] == ["method", "aime", "math", "average"]
+    assert [list(column.cells)[0] for column in table.columns] == ["other", "10.00 / 10.00", "- / -", "- / -"]
+    assert [list(column.cells)[1] for column in table.columns][1:] == [
+        "20.00 / 20.00",
+        "60.00 / 60.00",
+        "40.00 / 40.00",
+    ]
+
+
+def test_an_adapter_alone_is_refused_with_the_command_that_merges_it(settings, model_path, tmp_path):
+    adapter = tmp_path / "run" / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(adapter)
+    with pytest.raises(ValueError, match="is an adapter without its base. Merge it") as error:
+        main(EvaluationArguments(**settings | {"model_name_or_path": [str(adapter)]}))
+    subprocess.run(str(error.value).splitlines()[1].replace("python", sys.executable, 1), shell=True, check=True)
+    main(EvaluationArguments(**settings | {"model_name_or_path": [f"{adapter}-merged"], "chunk_size": 3}))
+
+
+def test_olympiad_benchs_own_columns(tmp_path):
+    row = {
+        "question": "x?",
+        "solution": ["We get $x=2$ since ..."],
+        "final_answer": ["2"],
+        "is_multiple_answer": False,
+    }
+    problems = load_problems(write_problems(tmp_path / "olympiad.jsonl", [row]))
+    assert problems["solution"].tolist() == ["$2$"]
+    with pytest.raises(ValueError, match=r"has a row with 2 answers, \['1', '2'\]. Join them"):
+        load_problems(write_problems(tmp_path / "two.jsonl", [row | {"final_answer": ["1", "2"]}]))
+
+
+def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monkeypatch, caplog):
+    def reward(completions, log_metric, **kwargs):
+        log_metric("rewards/reward/unchecked", 0.25)
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr("e3_trl.completions.load_reward_func", lambda name: reward)
+    config = SamplingConfig(num_samples=4)
+    score_completions({"prompt": ["a"]}, [{"completions": ["b"] * 4}], tmp_path / "rewards.jsonl", config)
+    assert "rewards/reward/unchecked is 25.00% in problems 0 to 0" in caplog.text
 
 
 KILLED = """

@@ -62,6 +62,16 @@ def test_without_settings_the_name_tells_the_seed(write_run):
     assert list(group_runs(folders)) == ["grpo (3 seeds)", "e3-seed0"]
 
 
+def test_rounding_of_a_mean_is_not_annealing(write_run):
+    folder = write_run("run")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for entry in state["log_history"]:
+        if entry["step"] == 4:
+            entry["target_entropy"] = np.nextafter(0.5, 0)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert Run.read(folder).annealing_step == 13
+
+
 def test_the_log_of_a_killed_run_is_in_its_last_checkpoint(write_run):
     run = Run.read(write_run("run", place="checkpoint-20"))
     assert (len(run.log), run.steps_per_pass, run.annealing_step) == (20, 5, 13)
@@ -149,3 +159,15 @@ def test_the_command_draws_with_a_model(write_run, model_path, tmp_path):
     arguments = ["--model", model_path, "--prompts", str(tmp_path / "prompts.jsonl"), "--max_new_tokens", "4"]
     main([str(write_run("a")), "--output_dir", str(tmp_path / "figures"), *arguments])
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == CURVES | {"formula"}
+
+
+def test_the_command_draws_of_a_model_alone_and_says_what_it_needs(model_path, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say a0:"}\n')
+    arguments = ["--model", model_path, "--output_dir", str(tmp_path / "figures"), "--max_new_tokens", "4"]
+    main([*arguments, "--prompts", str(tmp_path / "prompts.jsonl")])
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"formula"}
+    with pytest.raises(ValueError, match="no file .*test.jsonl.* Name one with --prompts"):
+        main(arguments)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "nothing to draw. Name run folders" in capsys.readouterr().err

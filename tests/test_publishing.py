@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from e3_trl import E3GRPOConfig
 from e3_trl.publishing import HubError, complete_model_card, publish
+from recipes.prepare_data import push as push_dataset
 from recipes.train import E3ScriptArguments, main
 
 
@@ -70,13 +71,14 @@ def train(hub, tmp_path, token, model_path):
         "num_generations_min": 2,
         "output_dir": str(tmp_path / "run"),
         "per_device_train_batch_size": 16,
+        "hub_token": token,
         "push_to_hub": True,
         "report_to": "none",
         "save_steps": 2,
         "use_cpu": True,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    return run(hub, tmp_path, token, "recipes/train.py", "--config", str(tmp_path / "recipe.yaml"))
+    return run(hub, tmp_path, None, "recipes/train.py", "--config", str(tmp_path / "recipe.yaml"))
 
 
 @pytest.fixture
@@ -147,9 +149,9 @@ def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
     sent = len(hub.uploads)
     (tmp_path / "report.json").write_text('{"benchmarks": {"AIME 2024": {"pass@k": {"1": 0.25}}}}')
     evaluation = ["--evaluation", str(tmp_path)]
-    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), "run", *evaluation)
+    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), *evaluation)
     assert done.returncode == 0, done.stderr
-    assert "| AIME 2024 | 25.00 |" in hub.repos[REPO]["README.md"].decode()
+    assert "| AIME 2024 | 25.00 | 1 |" in hub.repos[REPO]["README.md"].decode()
     assert json.loads(hub.repos[REPO]["report.json"])["step"] == 4
     assert "model.safetensors" in hub.repos[REPO]
     assert len(hub.uploads) == sent  # what had come over was not sent again
@@ -173,6 +175,8 @@ def test_a_token_that_will_not_do_is_named(hub, here, folder, token, remedy):
         (("POST", "/preupload/", 403), "token that can write there"),
         (("PUT", "/large/", 403), "token that can write there"),
         (("POST", "/commit/", 500), "Check the connection"),
+        (("POST", "/commit/", 400), "status 400, .* the metadata of README.md"),
+        (("POST", "/commit/", 404), r"status 404, .* the branch \(hub_revision\)"),
         (("POST", "/commit/", "drop"), "Check the connection"),
     ],
     ids=str,
@@ -205,7 +209,20 @@ def test_the_card_shows_results_once(folder):
     for _ in range(2):
         complete_model_card(folder, REPO)
     text = (folder / "README.md").read_text()
-    assert "| benchmark | pass@1 (%) | pass@16 (%) |\n| --- | --- | --- |\n| AIME 2024 | 31.25 | 75.00 |" in text
+    assert "| benchmark | pass@1 (%) | pass@16 (%) | mean of runs |\n| --- |" in text
+    assert "| AIME 2024 | 31.25 | 75.00 | 1 |" in text
     assert text.count("### Settings") == text.count("AIME 2024") == 1
     assert f'model="{REPO}"' in text
     assert "huggingface.co/None" not in text
+
+
+def test_a_dataset_is_pushed_and_an_upload_that_fails_is_explained(hub, here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    make_dataset().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_text("---\npretty_name: data\n---\n")
+    (tmp_path / "completions.jsonl").write_text("not for the Hub")
+    hub.failures = [("PUT", "/large/", 403)]
+    with pytest.raises(SystemExit, match="could not be pushed.*(?s:.)*run the same command again"):
+        push_dataset(tmp_path, "me/data")
+    push_dataset(tmp_path, "me/data")
+    assert hub.repos["me/data"].keys() == {"README.md", "train.parquet"}

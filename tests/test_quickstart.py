@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.quickstart.task import exact_answer_reward, write_solution
@@ -63,6 +64,8 @@ if __name__ == "__main__":
 def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
+    if torch.cuda.is_available():
+        pytest.skip("vLLM's build for GPUs does not run on a CPU, which this recipe is for")
     run(tmp_path, "recipes.quickstart.prepare", "--steps", "20")
     launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
     config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"

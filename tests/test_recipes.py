@@ -15,6 +15,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Rot
 from trl import ModelConfig, TrlParser
 
 from e3_trl import E3GRPOConfig
+from recipes.evaluate import EvaluationArguments
+from recipes.plot import make_parser as make_plot_parser
+from recipes.prepare_data import PreparationArguments
 from recipes.train import E3ScriptArguments
 
 
@@ -125,6 +128,26 @@ def test_every_command_of_the_readme_updates_on_512_rows():
     for config, recipe, arguments in commands:
         _, args, _ = parse(ROOT / recipe, *arguments.split())
         assert rows_per_update(args, load_config_from_file(str(ROOT / config)).num_processes) == 512
+
+
+def test_every_command_of_the_reproduction_is_understood(monkeypatch):
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").replace("$run", "e3")
+    commands = [line.split("#")[0].split() for line in blocks.splitlines() if ".py " in line.split("#")[0]]
+    assert len(commands) == 6
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        script = command.index(next(word for word in command if word.endswith(".py")))
+        arguments = [word for word in command[script + 1 :] if word != "--seed" and word != "$seed"]
+        if command[script] == "recipes/plot.py":
+            make_plot_parser().parse_args(arguments)
+        elif command[script] == "recipes/train.py":
+            parse(ROOT / arguments[1], *arguments[2:])
+        else:
+            fields = {"prepare_data": PreparationArguments, "evaluate": EvaluationArguments}[
+                Path(command[script]).stem
+            ]
+            TrlParser(fields).parse_args_and_config([*arguments, "--use_vllm", "false"])
 
 
 def test_the_readme_has_the_table_that_the_script_prints_and_every_recipe_fits():

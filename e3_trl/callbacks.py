@@ -1,5 +1,6 @@
 """TrainerCallbacks: the temperature schedule, and the checks that need a tokenizer but no engine."""
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -24,7 +25,7 @@ class TemperatureCallback(TrainerCallback):
 
     def __init__(self, trainer, schedule: TemperatureSchedule):
         self.trainer = trainer
-        self.schedule = schedule
+        self.schedule = trainer._temperature_schedule = schedule  # for it the trainer keeps entropies and checkpoints
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.schedule.max_steps = state.max_steps
@@ -68,5 +69,7 @@ class EngineCheckCallback(TrainerCallback):
                 share = dataset.shard(args.world_size, args.process_index)
                 for batch in share.iter(batch_size=1000):
                     longest = max(longest, *(len(ids) for ids in trainer._tokenize_prompts(batch["prompt"])[0]))
+        longest = max(gather_object([longest]))  # no rank starts an engine where another cannot
         config = trainer.model.config
-        check_colocated_vllm(args, config.tie_word_embeddings, trainer.accelerator.device.type, longest)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        check_colocated_vllm(args, config.tie_word_embeddings, trainer.accelerator.device.type, longest, context)

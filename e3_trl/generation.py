@@ -92,15 +92,18 @@ class RolloutGeneration(VLLMGeneration):
     _server_error: str | None = None
 
     @classmethod
-    def adopt(cls, generation: VLLMGeneration) -> "RolloutGeneration":
+    def adopt(cls, generation: VLLMGeneration, seed_requests: bool = False) -> "RolloutGeneration":
         """Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it."""
         generation.__class__ = cls
+        generation.seed_requests = seed_requests
         if generation.mode == "server":
             if generation.accelerator.is_main_process:
-                generation._client_generate = generation.vllm_client.generate
-                generation.vllm_client.generate = generation._generate_or_nothing
+                client = generation.vllm_client
+                generation._client_generate, client.generate = client.generate, generation._generate_or_nothing
+                generation._client_update = client.update_named_params
+                client.update_named_params = generation._update_or_nothing
         else:
-            if generation.accelerator.device.type == "cpu":
+            if generation.accelerator.device.type == "cpu" and seed_requests:
                 # vLLM rewinds the random generator of a prompt that it has read in part, and can't on a CPU.
                 generation.llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
             # Below TRL, which flattens the completions of each request itself.
@@ -141,6 +144,20 @@ class RolloutGeneration(VLLMGeneration):
             self._server_error = str(error)
             return {"prompt_ids": [], "completion_ids": [], "logprobs": None}
 
+    def _update_or_nothing(self, metadata, parameters):
+        try:
+            self._client_update(metadata, parameters)
+        except Exception as error:
+            self._server_error = str(error)
+            for _ in parameters:  # the other ranks take part in gathering them
+                pass
+
+    def _share_server_error(self):
+        """Raise on all ranks what the main process has noticed."""
+        (self._server_error,) = broadcast_object_list([self._server_error])
+        if self._server_error is not None:
+            self._raise_server_error()
+
     def _raise_server_error(self):
         url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
         raise VLLMServerError(url, self.model.config._name_or_path, self._server_error or "seen on the main process")
@@ -162,12 +179,15 @@ class RolloutGeneration(VLLMGeneration):
                     requests.get(f"{self.vllm_client.base_url}/health", timeout=60).raise_for_status()
                 except requests.RequestException as error:
                     self._server_error = str(error)
-            (self._server_error,) = broadcast_object_list([self._server_error])
-            if self._server_error is not None:
-                self._raise_server_error()
+            self._share_server_error()
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.reload_weights(weights_iterator=self._iter_named_params())
             self.llm.reset_prefix_cache()
-        else:
+            return
+        try:
             super().sync_weights()
+        except requests.RequestException as error:  # after the transfer, when the server's cache is emptied
+            self._server_error = self._server_error or str(error)
+        if self.mode == "server":
+            self._share_server_error()

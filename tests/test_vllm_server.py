@@ -113,9 +113,41 @@ def test_groups_of_other_sizes_get_their_own_completions_and_a_lost_server_loses
     assert sum(row["rollouts"] for row in read_rollouts(resumed.args.output_dir)) == 12 * 64
 
 
-def test_a_server_that_was_not_started(make_trainer, port):
-    with pytest.raises(requests.ConnectionError, match=f"can't be reached at http://127.0.0.1:{port}.*vllm serve"):
+def test_a_server_that_was_not_started(make_trainer, model_path, port):
+    remedy = f"127.0.0.1:{port} .*vllm_server_base_url.*start it with .*vllm serve {model_path} .*processed_logprobs"
+    with pytest.raises(VLLMServerError, match=remedy):
         make_trainer(**settings(port))
+
+
+@pytest.mark.parametrize("method", ["update_named_params", "reset_prefix_cache"])
+def test_a_server_that_dies_while_it_gets_weights(make_trainer, monkeypatch, port, no_weight_transfer, method):
+    """Without a server, which without a GPU has no part in this: all that it is asked for succeeds, until it fails."""
+    row = {"prompt_ids": [2], "completion_ids": [3, 1], "logprobs": [[[-1.0]] * 2], "logprob_token_ids": [[[3], [1]]]}
+    calls = []
+
+    def fail(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise requests.ConnectionError("it is gone")
+
+    def generate(self, prompts, **kwargs):
+        return {
+            name: [row[name]] * len(prompts) if name.endswith("_ids") else row[name] * len(prompts) for name in row
+        }
+
+    monkeypatch.setattr(requests, "get", lambda *args, **kwargs: requests.models.Response())
+    monkeypatch.setattr(requests.models.Response, "raise_for_status", lambda self: None)
+    monkeypatch.setattr(VLLMClient, "check_server", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(VLLMClient, "_get", lambda self, url: {"data": [{"id": "model"}]})
+    info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
+    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
+    monkeypatch.setattr(VLLMClient, "generate", generate)
+    monkeypatch.setattr(VLLMClient, "reset_prefix_cache", lambda self: None)
+    monkeypatch.setattr(VLLMClient, method, fail)
+    trainer = make_trainer(**settings(port), save_strategy="steps", save_steps=100)
+    with pytest.raises(VLLMServerError, match="failed: it is gone.*start it with"):
+        trainer.train()
+    assert (Path(trainer.args.output_dir) / "checkpoint-3" / "trainer_state.json").exists()
 
 
 @pytest.mark.skipif(GPUS < 2, reason="weight transfer to a vLLM server is NCCL between two GPUs")

@@ -102,7 +102,8 @@ def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.nd
 
     Args:
         folder (`str` or `Path`): the checkpoint.
-        dataset (`dict`): `num_prompts` and `fingerprint` of the dataset that the run goes on with.
+        dataset (`dict`):
+            `num_prompts` and `fingerprint` of the dataset that the run goes on with. Empty for a stream.
 
     Returns:
         The state and the arrays, or `None` if the checkpoint holds no E3 state.
@@ -112,6 +113,8 @@ def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.nd
     """
     path = Path(folder) / STATE_FILE
     if not path.exists():
+        if any(path.parent.glob("e3_*.safetensors")):
+            raise _damaged(path, "the file is missing")
         return None
     try:
         saved = json.loads(path.read_text())
@@ -121,9 +124,9 @@ def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.nd
     if _sha256(_encode(state)) != sha256["state"]:
         raise _damaged(path, "its checksum is not the one that was saved")
     for name, value in dataset.items():
-        if state["dataset"][name] != value:
+        if state["dataset"].get(name) != value:
             raise ValueError(
-                f"{path} belongs to another dataset: its {name} is {state['dataset'][name]}, this run's {value}. "
+                f"{path} belongs to another dataset: its {name} is {state['dataset'].get(name)}, this run's {value}. "
                 "Resume with the dataset that the run began with, or start a new run."
             )
     path = Path(folder) / DIFFICULTY_FILE
@@ -146,23 +149,27 @@ def save_window(folder: str | Path, process_index: int, window: list[dict]) -> N
             elif value is not None:
                 lists[f"{index}.{name}"] = value
     metadata = {"num_batches": str(len(window)), "lists": json.dumps(lists)}
+    metadata["sha256"] = _sha256(safetensors.torch.save(tensors) + metadata["lists"].encode())
     data = safetensors.torch.save(tensors, metadata)
     _write(Path(folder) / WINDOW_FILE.format(process_index=process_index), data)
 
 
-def load_window(folder: str | Path, process_index: int, device: torch.device) -> list[dict] | None:
-    """Read what [`save_window`] wrote, or `None` if this process wrote nothing; `ValueError` if it is damaged."""
+def load_window(folder: str | Path, process_index: int, device: torch.device) -> list[dict]:
+    """Read what [`save_window`] wrote; `ValueError` if it is damaged or missing."""
     path = Path(folder) / WINDOW_FILE.format(process_index=process_index)
     if not path.exists():
-        return None
+        raise _damaged(path, "the file is missing")
     try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            window = [{} for _ in range(int(metadata["num_batches"]))]
-            values = {name: file.get_tensor(name) for name in list(file.keys())} | json.loads(metadata["lists"])
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        window = [{} for _ in range(int(metadata["num_batches"]))]
+        lists = json.loads(metadata["lists"])
+        if metadata["sha256"] != _sha256(safetensors.torch.save(tensors) + metadata["lists"].encode()):
+            raise ValueError("its checksum is not the one that was saved")
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
-    for key, value in values.items():
+    for key, value in ({name: tensor.to(device) for name, tensor in tensors.items()} | lists).items():
         index, name = key.split(".", 1)
         window[int(index)][name] = value
     return window

@@ -257,7 +257,11 @@ class E3GRPOConfig(GRPOConfig):
                     f"temperature is {self.temperature}, and greedy decoding has no entropy to hold. Set it above 0, "
                     "or set temperature_schedule to 'constant'."
                 )
-            self.make_temperature_schedule(vocab_size=3)
+            try:
+                self.make_temperature_schedule(vocab_size=3)
+            except ValueError as error:
+                own_names = ("target_entropy", "warmup_steps")  # which here are temperature_target_entropy and so on
+                raise ValueError("temperature_" * str(error).startswith(own_names) + str(error)) from error
         launched = int(os.environ.get("WORLD_SIZE", 1))
         # With a backend but a config for GPUs, accelerate counts the processes on a CPU and yet does not join them.
         if launched > 1 and (self.world_size == 1 or self.distributed_state.distributed_type == DistributedType.NO):

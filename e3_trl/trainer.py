@@ -9,6 +9,7 @@ from dataclasses import asdict
 from types import CellType
 
 import numpy as np
+import requests
 import torch
 import trl
 from accelerate.logging import get_logger
@@ -41,7 +42,7 @@ from .publishing import complete_model_card
 from .runs import describe_run
 from .sampler import RolloutBudgetSampler
 from .telemetry import RolloutLog, rollout_counts, rollout_metrics
-from .temperature import EntropyWindow
+from .temperature import EntropyWindow, TemperatureSchedule
 from .validation import check_run, initial_difficulty
 
 
@@ -96,7 +97,7 @@ class E3GRPOTrainer(GRPOTrainer):
     trainer = E3GRPOTrainer(
         model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
         reward_funcs=accuracy_reward,
-        args=E3GRPOConfig(output_dir="outputs/e3", loss_type="grpo"),
+        args=E3GRPOConfig(output_dir="outputs/e3", loss_type="grpo", gradient_accumulation_steps=64),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     )
     trainer.train()
@@ -137,7 +138,11 @@ class E3GRPOTrainer(GRPOTrainer):
 
         # The schedule moves `temperature`; these are TRL's fused LM heads, which read it from a closure.
         self._temperature_cells: list[CellType] = []
+        # A stream has no index: no difficulty, and nothing by which it could be told from another.
         self.difficulty_tracker: DifficultyTracker | None = None
+        self._dataset: dict = {}
+        self._train_sampler: RolloutBudgetSampler | None = None
+        self._temperature_schedule: TemperatureSchedule | None = None
         if isinstance(train_dataset, Dataset):
             self.difficulty_tracker = DifficultyTracker(
                 len(train_dataset), initial_difficulty(args.difficulty_column, train_dataset)
@@ -155,22 +160,26 @@ class E3GRPOTrainer(GRPOTrainer):
             EngineCheckCallback(self, [train_dataset, *eval_list]),
         ]
 
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        try:
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        except requests.ConnectionError as error:
+            if args.vllm_mode != "server":
+                raise
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            raise VLLMServerError(url, model if isinstance(model, str) else model.name_or_path, str(error)) from error
 
         self._temperature_cells = [
             _temperature_cell(model) for model in (self.model, self.ref_model) if model is not None
         ]
         if self.use_vllm:
-            RolloutGeneration.adopt(self.vllm_generation)
-            self.vllm_generation.seed_requests = args.vllm_request_seeds
+            RolloutGeneration.adopt(self.vllm_generation, args.vllm_request_seeds)
         self._difficulty_reward_index = (
             0 if args.difficulty_reward_func is None else self.reward_func_names.index(args.difficulty_reward_func)
         )
         self._rollout_log = RolloutLog(args.output_dir)
-        self._temperature_schedule = None
         if args.temperature_schedule == "entropy":
-            self._temperature_schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
-            self.add_callback(TemperatureCallback(self, self._temperature_schedule))
+            schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
+            self.add_callback(TemperatureCallback(self, schedule))
 
     @property
     def temperature(self) -> float:
@@ -461,11 +470,11 @@ class E3GRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # Before TRL's part, whose last file marks the checkpoint as complete.
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.difficulty_tracker is not None:
-            if self.window_step != 0:
-                save_window(folder, self.accelerator.process_index, self._buffered_inputs)
-            if self.args.should_save:
-                save_state(folder, self._state_dict(), self.difficulty_tracker.state_dict())
+        if self.window_step != 0:
+            save_window(folder, self.accelerator.process_index, self._buffered_inputs)
+        if self.args.should_save:
+            tracker = self.difficulty_tracker
+            save_state(folder, self._state_dict(), {} if tracker is None else tracker.state_dict())
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
@@ -476,7 +485,7 @@ class E3GRPOTrainer(GRPOTrainer):
             origin = {
                 "model_name_or_path": self.model.config._name_or_path,
                 "reward_funcs": ", ".join(self.reward_func_names),
-                **({} if self.difficulty_tracker is None else self._dataset),
+                **self._dataset,
             }
             describe_run(self.args.output_dir, self.args, self.state, origin)
             complete_model_card(self.args.output_dir)
@@ -487,7 +496,7 @@ class E3GRPOTrainer(GRPOTrainer):
         return {
             "dataset": self._dataset,
             "num_processes": self.accelerator.num_processes,
-            "sampler": sampler.state_dict(self._num_generation_batches),
+            "sampler": None if sampler is None else sampler.state_dict(self._num_generation_batches),
             "num_generation_batches": self._num_generation_batches,
             "window_step": self.window_step,
             "temperature": self.temperature,
@@ -502,11 +511,11 @@ class E3GRPOTrainer(GRPOTrainer):
             for state in self.optimizer.state.values():
                 if "step" in state:
                     state["step"] = deepcopy(state["step"])
-        if checkpoint is None or self.difficulty_tracker is None:
+        if checkpoint is None:
             return
-        if self.accelerator.is_main_process:
-            self._rollout_log.resume(self.state.global_step)
         loaded = load_state(checkpoint, self._dataset)
+        if self.accelerator.is_main_process:
+            self._rollout_log.resume(self.state.global_step)  # after the checks: what is refused loses no rows
         schedule = self._temperature_schedule
         if loaded is None:
             logger.warning(
@@ -514,17 +523,20 @@ class E3GRPOTrainer(GRPOTrainer):
             )
             if schedule is not None:
                 schedule.step_count = self.state.global_step
+            micro_steps = self.state.global_step * self.args.gradient_accumulation_steps
+            self._num_generation_batches = micro_steps // (self.args.steps_per_generation * self.num_iterations)
             return
         state, difficulty = loaded
-        self.difficulty_tracker.load_state_dict(difficulty)
-        self._train_sampler.epoch = state["sampler"]["pass"]
+        if self.difficulty_tracker is not None:
+            self.difficulty_tracker.load_state_dict(difficulty)
+            self._train_sampler.epoch = state["sampler"]["pass"]
+        self.temperature = state["temperature"]
         self._num_generation_batches = state["num_generation_batches"]
         self._step = state["window_step"]
         if self.window_step != 0:
             self._buffered_inputs = load_window(checkpoint, self.accelerator.process_index, self.accelerator.device)
         if schedule is not None and state["temperature_schedule"] is not None:
             schedule.load_state_dict(state["temperature_schedule"])
-            self.temperature = schedule.temperature
             self.entropy_window = EntropyWindow(**state["entropy_window"])
 
 

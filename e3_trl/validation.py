@@ -1,6 +1,7 @@
 """Checks of a run's data that need no model, so that a mistake costs seconds."""
 
 import inspect
+import warnings
 
 import numpy as np
 import torch
@@ -9,6 +10,10 @@ from trl.trainer.utils import get_callable_name
 
 from .config import E3GRPOConfig
 
+
+# Tokens that TRL lets vLLM read at once. With chunked prefill off, which request seeds need on a CPU, longer prompts
+# (or ones that were put off with what they had sampled) would wait for ever.
+CPU_PREFILL = 4096
 
 # What TRL passes to every reward function besides the columns of the dataset.
 _REWARD_ARGUMENTS = {
@@ -71,6 +76,16 @@ def check_run(
             f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: prompts without an "
             "index cannot be ranked. Load it as a `Dataset` (streaming off), or set rollout_allocation to 'uniform'."
         )
+    prompts_per_batch = args.generation_batch_size // args.num_generations
+    if args.rollout_allocation == "rank" and (
+        prompts_per_batch == 1 or args.num_generations_min == args.num_generations
+    ):
+        warnings.warn(
+            f"rollout_allocation is 'rank', but every prompt will get num_generations ({args.num_generations}) "
+            f"rollouts: a generation batch has {prompts_per_batch} prompt(s), and num_generations_min is "
+            f"{args.num_generations_min}. Raise gradient_accumulation_steps, or lower num_generations_min.",
+            stacklevel=3,
+        )
     if sized:
         _check_difficulty_column(args.difficulty_column, train_dataset)
         if len(train_dataset) < args.num_candidates:
@@ -82,7 +97,9 @@ def check_run(
             )
 
 
-def check_colocated_vllm(args: E3GRPOConfig, tie_word_embeddings: bool, device: str, longest_prompt: int) -> None:
+def check_colocated_vllm(
+    args: E3GRPOConfig, tie_word_embeddings: bool, device: str, longest_prompt: int, context: int | None
+) -> None:
     """
     Raise `ValueError` if a colocated vLLM could not hold the run's prompts, or would sample from stale weights.
 
@@ -91,6 +108,7 @@ def check_colocated_vllm(args: E3GRPOConfig, tie_word_embeddings: bool, device: 
         tie_word_embeddings (`bool`): whether the model's LM head is its embedding.
         device (`str`): type of the device that is trained on.
         longest_prompt (`int`): tokens of the dataset's longest prompt.
+        context (`int`, *optional*): tokens that the model is made for.
     """
     if device == "cpu" and tie_word_embeddings:
         raise ValueError(
@@ -98,11 +116,26 @@ def check_colocated_vllm(args: E3GRPOConfig, tie_word_embeddings: bool, device: 
             "head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
         )
     needed = longest_prompt + args.max_completion_length
-    if args.vllm_max_model_length is not None and args.vllm_max_model_length < needed:
+    both = (
+        f"less than the longest prompt ({longest_prompt} tokens) and max_completion_length "
+        f"({args.max_completion_length}) together"
+    )
+    if args.vllm_max_model_length is None:
+        if context is not None and context < needed:
+            raise ValueError(
+                f"vllm_max_model_length is None, and the model's context (max_position_embeddings) {context}, {both}. "
+                "Shorten max_completion_length, drop the longest prompts, or set vllm_max_model_length if the model "
+                "holds more."
+            )
+    elif args.vllm_max_model_length < needed:
         raise ValueError(
-            f"vllm_max_model_length is {args.vllm_max_model_length}, less than the longest prompt ({longest_prompt} "
-            f"tokens) and max_completion_length ({args.max_completion_length}) together. Set it to {needed} or more, "
-            "shorten max_completion_length, or drop the longest prompts."
+            f"vllm_max_model_length is {args.vllm_max_model_length}, {both}. Set it to {needed} or more, shorten "
+            "max_completion_length, or drop the longest prompts."
+        )
+    if device == "cpu" and args.vllm_request_seeds and needed > CPU_PREFILL:
+        raise ValueError(
+            f"vllm_request_seeds is True, and vLLM on a CPU then reads at most {CPU_PREFILL} tokens at once; the "
+            f"longest prompt and max_completion_length are {needed} together. Set it to False."
         )
 
 

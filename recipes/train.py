@@ -42,12 +42,16 @@ class E3ScriptArguments(ScriptArguments):
 
 def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
     """The dataset on the Hub, in a local folder, or in a local parquet, JSON or JSON-lines file."""
-    path = Path(script_args.dataset_name or "")
+    if script_args.dataset_name is None:
+        raise ValueError("dataset_name is not set. Name a dataset on the Hub, or a local folder or file.")
+    path = Path(script_args.dataset_name)
     files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
     if script_args.dataset_train_split in files:
         # What prepare_data.py writes. Loaded as a folder, its card would make datasets cache it by name, for ever.
         return load_dataset("parquet", data_files=files, streaming=script_args.dataset_streaming)
     kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+    if kind is None and path.is_file():
+        raise ValueError(f"dataset_name is {script_args.dataset_name!r}. Give a .parquet, .json or .jsonl file.")
     if kind is None:
         return load_dataset(
             script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
@@ -59,6 +63,8 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
 
 def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
     repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
     if training_args.hub_token is not None:
         # transformers pickles the arguments beside the model, and that file is pushed.
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None

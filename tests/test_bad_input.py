@@ -5,6 +5,7 @@ from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
+from e3_trl.validation import check_run
 
 
 NO_MODEL = "no/such/model"
@@ -26,8 +27,8 @@ def make_config(tmp_path, **settings):
         ({"temperature": 0.0}, "temperature is 0.0.*temperature_schedule to 'constant'"),
         ({"temperature_max": 0.9}, "temperature is 1.0.*temperature_max 0.9. Set"),
         ({"temperature_min": 1.1}, "temperature is 1.0, temperature_min 1.1.*Set"),
-        ({"temperature_target_entropy": -1.0}, "target_entropy is -1.0. Set"),
-        ({"temperature_warmup_steps": 0}, "warmup_steps is 0. Set"),
+        ({"temperature_target_entropy": -1.0}, "temperature_target_entropy is -1.0. Set"),
+        ({"temperature_warmup_steps": 0}, "temperature_warmup_steps is 0. Set"),
         ({"annealing_start": 2.0}, "annealing_start is 2.0. Set"),
         ({"annealing_factor": 1.5}, "annealing_factor is 1.5. Set"),
         ({"eval_temperature": 0.0}, "eval_temperature is 0.0. Set"),
@@ -38,7 +39,7 @@ def make_config(tmp_path, **settings):
     ],
 )
 def test_settings(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises(ValueError, match=f"(?s)^{message}"):
         make_config(tmp_path, **settings)
 
 
@@ -117,6 +118,19 @@ def test_data(tmp_path, dataset, settings, message):
     config = make_config(tmp_path, per_device_train_batch_size=64, **settings)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         E3GRPOTrainer(NO_MODEL, vowel_reward, config, dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, r"has 1 prompt\(s\)"),
+        ({"per_device_train_batch_size": 64, "num_generations_min": 8}, "num_generations_min is 8"),
+    ],
+)
+def test_budgets_that_cannot_differ_are_noticed(tmp_path, settings, message):
+    config = make_config(tmp_path, **settings)
+    with pytest.warns(UserWarning, match=rf"every prompt will get num_generations \(8\) rollouts.*{message}"):
+        check_run(config, [vowel_reward], make_dataset(), [])
 
 
 def test_evaluation_data_are_checked_too(tmp_path):

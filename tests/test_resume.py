@@ -14,6 +14,7 @@ from conftest import logged, make_dataset
 from safetensors.numpy import load_file
 from trl import GRPOConfig, GRPOTrainer
 
+from e3_trl import TemperatureCallback, TemperatureSchedule
 from e3_trl.checkpoint import load_window, save_window
 
 
@@ -149,6 +150,7 @@ def flip_a_bit(path):
         ("e3_state.json", cut),
         ("e3_state.json", change_a_number),
         ("e3_state.json", lambda path: path.write_text("[]")),
+        ("e3_state.json", os.remove),
         ("e3_difficulty.safetensors", cut),
         ("e3_difficulty.safetensors", flip_a_bit),
         ("e3_difficulty.safetensors", os.remove),
@@ -156,17 +158,22 @@ def flip_a_bit(path):
 )
 def test_a_damaged_file_is_named(make_trainer, checkpoint, name, damage):
     damage(checkpoint / name)
+    log = checkpoint.parent / "rollouts.jsonl"
+    log.write_text(log.read_text() + json.dumps(rollouts := {"step": 7}) + "\n")
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         make_trainer().train(resume_from_checkpoint=str(checkpoint))
+    assert json.loads(log.read_text().splitlines()[-1]) == rollouts, "what is refused loses nothing"
 
 
 def test_a_damaged_window_is_named(tmp_path):
     save_window(tmp_path, 0, [{"advantages": torch.ones(3), "num_images": [1, 2], "nothing": None}])
     assert load_window(tmp_path, 0, "cpu") == [{"advantages": pytest.approx(torch.ones(3)), "num_images": [1, 2]}]
-    assert load_window(tmp_path, 1, "cpu") is None
-    cut(tmp_path / "e3_generation_window_0.safetensors")
-    with pytest.raises(ValueError, match=r"e3_generation_window_0.safetensors is damaged"):
-        load_window(tmp_path, 0, "cpu")
+    with pytest.raises(ValueError, match=r"e3_generation_window_1.safetensors is damaged \(the file is missing\)"):
+        load_window(tmp_path, 1, "cpu")
+    for damage in (flip_a_bit, cut):
+        damage(tmp_path / "e3_generation_window_0.safetensors")
+        with pytest.raises(ValueError, match=r"e3_generation_window_0.safetensors is damaged"):
+            load_window(tmp_path, 0, "cpu")
 
 
 def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplog):
@@ -179,6 +186,47 @@ def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplo
     assert trainer.state.global_step == 9
     assert trainer._temperature_schedule.step_count == 9, "annealing keeps the run's own count"
     assert trainer._train_sampler.epoch == 2
+    assert trainer._num_generation_batches == 9
+
+
+def test_a_stream_resumes_its_temperature_and_target(make_trainer):
+    settings = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_allocation": "uniform"}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    settings |= {"per_device_train_batch_size": 8, "max_steps": 10}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    resumed = make_trainer(output_dir="resumed", **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5")
+    assert whole._temperature_schedule.step_count == 10
+    for name in ("loss", "reward", "temperature", "target_entropy"):
+        assert logged(resumed, name) == logged(whole, name)
+
+
+def test_a_temperature_that_was_set_and_a_schedule_of_ones_own_are_restored(make_trainer):
+    settings = {"temperature_schedule": "constant", "save_strategy": "steps", "save_steps": 6}
+    whole = make_trainer(output_dir="whole", max_steps=6, **settings)
+    whole.temperature = 0.7
+    whole.train()
+    resumed = make_trainer(output_dir="resumed", max_steps=7, **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-6")
+    assert resumed.temperature == 0.7
+
+    def with_own_schedule(**overrides):
+        trainer = make_trainer(**settings | overrides)
+        trainer.add_callback(TemperatureCallback(trainer, TemperatureSchedule(vocab_size=40)))
+        return trainer
+
+    whole = with_own_schedule(output_dir="own")
+    whole.train()
+    assert len(set(logged(whole, "temperature"))) > 6
+    resumed = with_own_schedule(output_dir="own-resumed")
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-6")
+    assert logged(resumed, "temperature") == logged(whole, "temperature")
 
 
 def test_resuming_without_a_checkpoint_says_so(make_trainer):

@@ -36,7 +36,6 @@ def test_version_is_the_tested_one():
         (GRPOTrainer._set_signature_columns_if_needed, ["self"]),
         (GRPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (Trainer.save_model, ["self", "output_dir", "_internal_call"]),
-        (Trainer.train, ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         (Trainer._get_output_dir, ["self", "trial"]),
         (DataLoaderShard.set_epoch, ["self", "epoch"]),
         (
@@ -47,6 +46,34 @@ def test_version_is_the_tested_one():
         (utils.nanstd, ["tensor", "dim", "keepdim"]),
         (utils.get_callable_name, None),
         (GRPOTrainer._tokenize_prompts, ["self", "prompts"]),
+        (
+            GRPOTrainer._get_per_token_logps_and_entropies,
+            [
+                "self",
+                "model",
+                "input_ids",
+                "attention_mask",
+                "logits_to_keep",
+                "batch_size",
+                "compute_entropy",
+                "compute_aux_loss",
+                "pixel_values",
+                "image_grid_thw",
+                "num_images",
+                "pixel_attention_mask",
+                "spatial_shapes",
+                "num_tiles",
+                "image_sizes",
+                "token_type_ids",
+                "mm_token_type_ids",
+                "image_position_ids",
+            ],
+        ),
+        (
+            GRPOTrainer.evaluation_loop,
+            ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+        ),
+        (GRPOTrainer.train, ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         (VLLMGeneration.generate, ["self", "prompts", "images", "num_generations", "profiler"]),
         (VLLMGeneration.sync_weights, ["self"]),
         (VLLMGeneration._iter_named_params, ["self"]),
@@ -79,6 +106,13 @@ def test_every_override_calls_super():
             assert f"super().{name}(" in inspect.getsource(member), name
 
 
+def test_the_signature_of_every_override_is_pinned():
+    pinned = {function.__name__ for (function, _) in test_signature.pytestmark[0].args[1]}
+    for name, member in vars(E3GRPOTrainer).items():
+        if inspect.isfunction(member) and hasattr(GRPOTrainer, name) and name != "__init__":
+            assert name in pinned
+
+
 def test_class_docstring_lists_every_override():
     for name, member in vars(E3GRPOTrainer).items():
         if inspect.isfunction(member) and hasattr(GRPOTrainer, name):
@@ -86,9 +120,10 @@ def test_class_docstring_lists_every_override():
 
 
 HOOKED_ATTRIBUTES = {
-    "_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_step", "generation_config", "generation_kwargs",
-    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model",
-    "reward_func_names", "reward_weights", "scale_rewards", "state", "use_vllm",
+    "_buffered_inputs", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer",
+    "environment_factories", "generation_config", "generation_kwargs", "multi_objective_aggregation",
+    "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_func_names", "reward_weights",
+    "scale_rewards", "state", "use_vllm",
 }  # fmt: skip
 
 

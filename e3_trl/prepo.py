@@ -17,7 +17,12 @@ def prompt_perplexity(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B,)`.
     """
-    return torch.exp(-(logps * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+    return torch.exp(-torch.nan_to_num(token_mean(logps, mask), nan=0.0))
+
+
+def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of each row of `values`, of shape `(N, T)`, where the mask is 1; NaN where it is nowhere."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def select_by_perplexity(perplexity: np.ndarray, num_selected: int, progress: float) -> np.ndarray:

@@ -37,7 +37,7 @@ from .difficulty import DifficultyTracker
 from .dynamic_sampling import DynamicSampling
 from .generation import RolloutGeneration, VLLMServerError
 from .metrics import validation_metrics
-from .prepo import entropy_weights, prompt_perplexity, select_by_perplexity
+from .prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
 from .publishing import complete_model_card
 from .runs import describe_run
 from .sampler import RolloutBudgetSampler
@@ -415,7 +415,7 @@ class E3GRPOTrainer(GRPOTrainer):
                 torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
             )
             self._score(tokens, attended, mask.size(1))
-        return (self._scoring_entropies[0] * mask).sum(dim=1) / mask.sum(dim=1)
+        return token_mean(self._scoring_entropies[0], mask)
 
     @torch.no_grad()
     def _score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

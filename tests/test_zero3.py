@@ -222,6 +222,6 @@ def test_a_process_that_does_not_see_the_others_is_stopped(model_path, tmp_path)
 def test_a_prompt_too_long_for_the_engine_of_one_rank_stops_both(model_path, tmp_path):
     """Each looks at its half of the prompts; those of the second have a character more."""
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
-    done = launch(model_path, tmp_path / "run", use_vllm=True, vllm_mode="colocate", vllm_max_model_length=15)
+    done = launch(model_path, tmp_path / "run", use_vllm=True, vllm_mode="colocate", vllm_max_model_length=14)
     assert done.returncode != 0
-    assert done.stderr.count("vllm_max_model_length is 15, less than the longest prompt (8 tokens)") == 2
+    assert done.stderr.count("vllm_max_model_length is 14, less than the longest prompt (7 tokens)") == 2

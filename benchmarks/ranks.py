@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"{args.rows} rows on 2 ranks, {args.rounds} turns of {args.steps} steps each")
             print(f"a step of GRPOTrainer: {1e3 * np.median(seconds['GRPOTrainer']):.0f} ms")
             print(f"a step of E3GRPOTrainer / one of GRPOTrainer: {spread(ratio)}")
+        trainers["GRPOTrainer"].accelerator.wait_for_everyone()
+        trainers["GRPOTrainer"].accelerator.end_training()
 
 
 if __name__ == "__main__":

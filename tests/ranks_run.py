@@ -83,3 +83,5 @@ if __name__ == "__main__":
         metrics = trainer.evaluate()
         if trainer.accelerator.is_main_process:
             (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))
+    trainer.accelerator.wait_for_everyone()  # as recipes/train.py does
+    trainer.accelerator.end_training()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, allocate_rollouts
-from e3_trl.generation import request_seeds
+from e3_trl.rollouts.vllm import request_seeds
 from recipes.quickstart.prepare import make_tokenizer
 
 

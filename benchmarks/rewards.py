@@ -11,7 +11,7 @@ import time
 
 from trl.rewards import accuracy_reward
 
-from e3_trl.worker_pool import WorkerPool
+from e3_trl.rewards.worker_pool import WorkerPool
 
 
 PROMPTS, COMPLETIONS, ROUNDS = 64, 8, 15

@@ -1,15 +1,15 @@
 """E3 (Efficiency and Exploration in RL for LLMs, https://huggingface.co/papers/2505.18573) as a TRL trainer."""
 
-from .advantages import group_advantages
-from .budget import RolloutBudgetSchedule, allocate_rollouts
 from .callbacks import TemperatureCallback
 from .config import E3GRPOConfig
-from .difficulty import DifficultyTracker
-from .metrics import pass_at_k
+from .evaluation.metrics import pass_at_k
+from .method.advantages import group_advantages
+from .method.budget import RolloutBudgetSchedule, allocate_rollouts
+from .method.difficulty import DifficultyTracker
+from .method.temperature import TemperatureSchedule
 from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
-from .sampler import RolloutBudgetSampler
-from .telemetry import read_rollouts
-from .temperature import TemperatureSchedule
+from .rollouts.sampler import RolloutBudgetSampler
+from .rollouts.telemetry import read_rollouts
 from .trainer import E3GRPOTrainer
 
 

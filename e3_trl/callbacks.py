@@ -4,8 +4,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .temperature import TemperatureSchedule
-from .validation import check_colocated_vllm
+from .method.temperature import TemperatureSchedule
+from .runs.validation import check_colocated_vllm
 
 
 class TemperatureCallback(TrainerCallback):

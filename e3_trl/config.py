@@ -8,8 +8,8 @@ from accelerate.utils import DistributedType
 from packaging.version import Version
 from trl import GRPOConfig
 
-from .budget import RolloutBudgetSchedule
-from .temperature import TemperatureSchedule
+from .method.budget import RolloutBudgetSchedule
+from .method.temperature import TemperatureSchedule
 
 
 def _installed_version(package: str) -> Version | None:

@@ -21,9 +21,18 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from .advantages import aggregate_advantages, length_bias
 from .callbacks import EngineCheckCallback, TemperatureCallback
-from .checkpoint import (
+from .config import E3GRPOConfig
+from .evaluation.metrics import validation_metrics
+from .method.advantages import aggregate_advantages, length_bias
+from .method.difficulty import DifficultyTracker
+from .method.dynamic_sampling import DynamicSampling
+from .method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
+from .method.temperature import EntropyWindow, TemperatureSchedule
+from .rollouts.sampler import RolloutBudgetSampler
+from .rollouts.telemetry import RolloutLog, rollout_counts, rollout_metrics
+from .rollouts.vllm import RolloutGeneration, VLLMServerError
+from .runs.checkpoint import (
     dataset_fingerprint,
     is_resharded,
     last_complete_checkpoint,
@@ -32,18 +41,9 @@ from .checkpoint import (
     save_state,
     save_window,
 )
-from .config import E3GRPOConfig
-from .difficulty import DifficultyTracker
-from .dynamic_sampling import DynamicSampling
-from .generation import RolloutGeneration, VLLMServerError
-from .metrics import validation_metrics
-from .prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
-from .publishing import complete_model_card
-from .runs import describe_run
-from .sampler import RolloutBudgetSampler
-from .telemetry import RolloutLog, rollout_counts, rollout_metrics
-from .temperature import EntropyWindow, TemperatureSchedule
-from .validation import check_run, initial_difficulty
+from .runs.describe import describe_run
+from .runs.publishing import complete_model_card
+from .runs.validation import check_run, initial_difficulty
 
 
 logger = get_logger(__name__)

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions
-from e3_trl.metrics import evaluation_report
-from e3_trl.problems import load_problems
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions
+from e3_trl.evaluation.metrics import evaluation_report
+from e3_trl.evaluation.problems import load_problems
 from e3_trl.rewards import load_reward_func
-from e3_trl.runs import write_json
+from e3_trl.runs.describe import write_json
 
 
 matplotlib.use("Agg")
@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 @dataclass
 class EvaluationArguments(SamplingConfig):
     """
-    Arguments of this script, with those of [`~e3_trl.completions.SamplingConfig`].
+    Arguments of this script, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
 
     Args:
         model_name_or_path (`list[str]`):
@@ -92,7 +92,7 @@ def load_benchmarks(args: EvaluationArguments) -> pd.DataFrame:
 
 
 def evaluate(args: EvaluationArguments) -> dict:
-    """Sample, score and report: see [`~e3_trl.metrics.evaluation_report`]."""
+    """Sample, score and report: see [`~e3_trl.evaluation.metrics.evaluation_report`]."""
     problems = load_benchmarks(args)
     load_reward_func(args.reward_func)
     columns = problems.to_dict("list")

@@ -16,7 +16,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import apply_chat_template, is_conversational
 
-from e3_trl.figures import draw_formula, draw_runs
+from e3_trl.runs.figures import draw_formula, draw_runs
 
 
 MODEL = "outputs/quickstart-base"

@@ -31,10 +31,10 @@ from huggingface_hub import DatasetCardData, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 from trl import TrlParser
 
-from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions
-from e3_trl.problems import load_problems, normalize_problem
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions
+from e3_trl.evaluation.problems import load_problems, normalize_problem
 from e3_trl.rewards import load_reward_func
-from e3_trl.runs import write_json
+from e3_trl.runs.describe import write_json
 
 
 matplotlib.use("Agg")
@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 @dataclass
 class PreparationArguments(SamplingConfig):
     """
-    Arguments of this script, with those of [`~e3_trl.completions.SamplingConfig`].
+    Arguments of this script, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
 
     Args:
         dataset_name (`list[str]`):

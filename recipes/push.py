@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from e3_trl.publishing import HubError, publish
-from e3_trl.runs import REPORT_FILE, read_report, read_settings, write_json
+from e3_trl.runs.describe import REPORT_FILE, read_report, read_settings, write_json
+from e3_trl.runs.publishing import HubError, publish
 
 
 def main() -> None:

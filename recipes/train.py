@@ -16,8 +16,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
-from e3_trl.publishing import FIGURES, check_hub_access, publish
 from e3_trl.rewards import REWARD_FUNCS, load_reward_func
+from e3_trl.runs.publishing import FIGURES, check_hub_access, publish
 
 
 @dataclass
@@ -101,7 +101,7 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero() and is_matplotlib_available():
-        from e3_trl.figures import draw_runs
+        from e3_trl.runs.figures import draw_runs
 
         draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
     trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
-from e3_trl.advantages import aggregate_advantages, length_bias
+from e3_trl.method.advantages import aggregate_advantages, length_bias
 
 
 NAN = float("nan")

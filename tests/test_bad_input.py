@@ -5,7 +5,7 @@ from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
-from e3_trl.validation import check_run
+from e3_trl.runs.validation import check_run
 
 
 NO_MODEL = "no/such/model"

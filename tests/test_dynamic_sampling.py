@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages, read_rollouts
-from e3_trl.dynamic_sampling import DynamicSampling
+from e3_trl.method.dynamic_sampling import DynamicSampling
 
 
 @given(st.lists(st.integers(2, 5), min_size=1, max_size=6), st.integers(0, 2**20), st.integers(1, 6))

@@ -18,8 +18,8 @@ from rich import box
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from e3_trl.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
-from e3_trl.problems import load_problems, mark_answer
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
+from e3_trl.evaluation.problems import load_problems, mark_answer
 from recipes.evaluate import EvaluationArguments, compare_table, main
 
 
@@ -178,7 +178,7 @@ def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monk
         log_metric("rewards/reward/unchecked", 0.25)
         return [0.0] * len(completions)
 
-    monkeypatch.setattr("e3_trl.completions.load_reward_func", lambda name: reward)
+    monkeypatch.setattr("e3_trl.evaluation.completions.load_reward_func", lambda name: reward)
     config = SamplingConfig(num_samples=4)
     score_completions({"prompt": ["a"]}, [{"completions": ["b"] * 4}], tmp_path / "rewards.jsonl", config)
     assert "rewards/reward/unchecked is 25.00% in problems 0 to 0" in caplog.text
@@ -186,7 +186,7 @@ def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monk
 
 KILLED = """
 import json, os, signal, sys
-from e3_trl.completions import CompletionSampler
+from e3_trl.evaluation.completions import CompletionSampler
 from recipes.evaluate import EvaluationArguments, main
 
 generate, calls = CompletionSampler._generate_copies, []

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import pass_at_k
-from e3_trl.metrics import bootstrap_means, evaluation_report, pass_at_k_table, validation_metrics
+from e3_trl.evaluation.metrics import bootstrap_means, evaluation_report, pass_at_k_table, validation_metrics
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from e3_trl import TemperatureSchedule
-from e3_trl.figures import Run, draw_formula, draw_runs, group_runs
-from e3_trl.runs import read_benchmarks
-from e3_trl.temperature import exact_temperature, mean_entropy
+from e3_trl.method.temperature import exact_temperature, mean_entropy
+from e3_trl.runs.describe import read_benchmarks
+from e3_trl.runs.figures import Run, draw_formula, draw_runs, group_runs
 from recipes.plot import main
 
 
@@ -80,7 +80,7 @@ def test_the_log_of_a_killed_run_is_in_its_last_checkpoint(write_run):
 def test_draws_mean_range_target_and_red_lines(write_run, monkeypatch, tmp_path):
     figures = {}
     monkeypatch.setattr(
-        "e3_trl.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
+        "e3_trl.runs.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
     )
     draw_runs([write_run("a-0", 0), write_run("a-1", 1, offset=0.2), write_run("b", 0, beta=1)], tmp_path / "figures")
     assert set(figures) == CURVES | {"all_wrong_difference"}
@@ -99,7 +99,7 @@ def test_draws_mean_range_target_and_red_lines(write_run, monkeypatch, tmp_path)
 def test_draws_validation_and_pass_at_k(write_run, monkeypatch, tmp_path):
     figures = {}
     monkeypatch.setattr(
-        "e3_trl.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
+        "e3_trl.runs.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
     )
     folder = write_run("a")
     state = json.loads((folder / "trainer_state.json").read_text())

@@ -14,8 +14,8 @@ from test_evaluate import enough_vowels, write_problems
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
-from e3_trl.completions import CompletionSampler
-from e3_trl.problems import mark_answer, normalize_problem, problem_text
+from e3_trl.evaluation.completions import CompletionSampler
+from e3_trl.evaluation.problems import mark_answer, normalize_problem, problem_text
 from recipes.prepare_data import PreparationArguments, balance, drop_known, main, split
 
 

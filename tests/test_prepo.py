@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from e3_trl import E3GRPOConfig, read_rollouts
-from e3_trl.prepo import entropy_weights, prompt_perplexity, select_by_perplexity
+from e3_trl.method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity
 
 
 # Prompts of different lengths: 4 of 20 are sampled in each of three steps of a pass.

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from trl import ModelConfig
 
 from e3_trl import E3GRPOConfig
-from e3_trl.publishing import HubError, complete_model_card, publish
+from e3_trl.runs.publishing import HubError, complete_model_card, publish
 from recipes.prepare_data import push as push_dataset
 from recipes.train import E3ScriptArguments, main
 

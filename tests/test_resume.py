@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
-from e3_trl.checkpoint import load_window, save_window
+from e3_trl.runs.checkpoint import load_window, save_window
 
 
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}

@@ -14,9 +14,10 @@ import pytest
 from conftest import logged, make_dataset
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 
-from e3_trl import math_accuracy_reward, math_reasoning_accuracy_reward, rewards, worker_pool
-from e3_trl.rewards import load_reward_func
-from e3_trl.worker_pool import WorkerPool
+from e3_trl import math_accuracy_reward, math_reasoning_accuracy_reward
+from e3_trl.rewards import accuracy as rewards
+from e3_trl.rewards import load_reward_func, worker_pool
+from e3_trl.rewards.worker_pool import WorkerPool
 
 
 ROOT = Path(__file__).parent.parent
@@ -311,7 +312,7 @@ def test_workers_that_do_not_start_are_an_error(make_pool, monkeypatch, tmp_path
 # Loads the pool without e3_trl's other imports, which take seconds.
 SCRIPT = """
 import os, sys
-sys.path.append("e3_trl")
+sys.path.append("e3_trl/rewards")
 from worker_pool import WorkerPool
 
 pool = WorkerPool(timeout=float(sys.argv[1]), size=2)

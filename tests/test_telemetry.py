@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from e3_trl import read_rollouts
-from e3_trl.telemetry import RolloutLog, rollout_counts, rollout_metrics
+from e3_trl.rollouts.telemetry import RolloutLog, rollout_counts, rollout_metrics
 
 
 NAN = float("nan")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import TemperatureSchedule
-from e3_trl.temperature import EntropyWindow
+from e3_trl.method.temperature import EntropyWindow
 
 
 def test_hand_computed_trajectory():

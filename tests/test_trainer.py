@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
-from e3_trl.advantages import group_advantages
+from e3_trl.method.advantages import group_advantages
 
 
 def generation_batches(trainer) -> list[list[dict]]:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from e3_trl import pass_at_k
-from e3_trl.figures import draw_runs
-from e3_trl.publishing import FIGURES
-from e3_trl.runs import REPORT_FILE, read_report, write_json
+from e3_trl.runs.describe import REPORT_FILE, read_report, write_json
+from e3_trl.runs.figures import draw_runs
+from e3_trl.runs.publishing import FIGURES
 from recipes.quickstart.task import LEVELS, exact_answer_reward
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from .budget import RolloutBudgetSchedule
-from .difficulty import DifficultyTracker
+from ..method.budget import RolloutBudgetSchedule
+from ..method.difficulty import DifficultyTracker
 
 
 class RolloutBudgetSampler(RepeatSampler):

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
-from .rewards import load_reward_func
-from .runs import write_json
+from ..rewards.accuracy import load_reward_func
+from ..runs.describe import write_json
 
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import get_callable_name
 
-from .config import E3GRPOConfig
+from ..config import E3GRPOConfig
 
 
 # Tokens that TRL lets vLLM read at once. With chunked prefill off, which request seeds need on a CPU, longer prompts

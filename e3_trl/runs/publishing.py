@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, auth_check, constants, create_repo, uploa
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .runs import read_benchmarks, read_report
+from .describe import read_benchmarks, read_report
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"

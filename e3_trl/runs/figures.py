@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .runs import read_benchmarks, read_log, read_report, read_settings
-from .telemetry import FILE_NAME, read_rollouts
-from .temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
+from ..method.temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
+from ..rollouts.telemetry import FILE_NAME, read_rollouts
+from .describe import read_benchmarks, read_log, read_report, read_settings
 
 
 # What may differ between two runs of one method.

@@ -1,0 +1,1 @@
+"""Problems, completions sampled for them with any model, and pass@k."""

@@ -1,4 +1,4 @@
-"""TrainerCallbacks: the temperature schedule, and the checks that need a tokenizer but no engine."""
+"""TrainerCallbacks: what happens at events of the training loop, through the trainer's public attributes."""
 
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -8,13 +8,33 @@ from .method.temperature import TemperatureSchedule
 from .runs.validation import check_colocated_vllm
 
 
+class PassCallback(TrainerCallback):
+    """
+    Begins a pass over the dataset where the training loop does, before the first batch of the pass is drawn and after
+    the last one of the pass before was scored. And nothing is trained where the run is over before it begins, such as
+    one that is resumed after its end.
+
+    Args:
+        trainer ([`E3GRPOTrainer`]): the trainer.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_pass()
+        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
+
+
 class TemperatureCallback(TrainerCallback):
     """
-    Changes the trainer's temperature from the entropy of the policy, once per generation batch (Eq. 4).
+    Changes the trainer's temperature from the entropy of the policy (Eq. 4).
 
-    It acts on the entropy that [`~trl.GRPOTrainer`] logs, token-weighted over the whole generation batch and all
-    ranks, at the end of the optimizer step that finishes the batch; so it does not depend on `logging_steps`, gradient
-    accumulation or the number of ranks. [`E3GRPOTrainer`] adds it when `temperature_schedule="entropy"`.
+    It acts on the entropy that [`~trl.GRPOTrainer`] logs, token-weighted over the micro-batches since the last change
+    and all ranks; so it does not depend on `logging_steps`, gradient accumulation or the number of ranks. The
+    temperature changes where a generation batch ends, at most once per optimizer step: the completions of one batch
+    are all trained on at the temperature they were sampled at. [`E3GRPOTrainer`] adds it when
+    `temperature_schedule="entropy"`.
 
     Args:
         trainer ([`E3GRPOTrainer`]):
@@ -25,20 +45,25 @@ class TemperatureCallback(TrainerCallback):
 
     def __init__(self, trainer, schedule: TemperatureSchedule):
         self.trainer = trainer
-        self.schedule = trainer._temperature_schedule = schedule  # for it the trainer keeps entropies and checkpoints
+        self.schedule = schedule
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.schedule.max_steps = state.max_steps
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._follow_entropy()  # where optimizer steps and generation batches do not line up, a batch may end here
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.entropy_window.num_steps += 1
+        self._follow_entropy()
+        if self.schedule.target_entropy is not None:
+            self.trainer.add_metric("target_entropy", self.schedule.target_entropy)
+
+    def _follow_entropy(self):
         window = self.trainer.entropy_window
-        window.num_steps += 1
-        # The completions of one generation batch are all trained on at the temperature they were sampled at.
-        if self.trainer.window_step == 0:
+        if self.trainer.window_step == 0 and window.num_steps > 0:
             self.trainer.temperature = self.schedule.step(window.mean, window.num_steps)
             window.reset()
-        if self.schedule.target_entropy is not None:
-            self.trainer._metrics["train"]["target_entropy"].append(self.schedule.target_entropy)
 
 
 class EngineCheckCallback(TrainerCallback):
@@ -51,7 +76,7 @@ class EngineCheckCallback(TrainerCallback):
         datasets (`list`): what it trains and evaluates on.
 
     Raises:
-        `ValueError`: see [`~e3_trl.validation.check_colocated_vllm`].
+        `ValueError`: see [`~e3_trl.runs.validation.check_colocated_vllm`].
     """
 
     def __init__(self, trainer, datasets: list):

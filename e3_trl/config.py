@@ -34,18 +34,21 @@ class E3GRPOConfig(GRPOConfig):
         rollout_allocation (`str`, *optional*, defaults to `"rank"`):
             How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
             every prompt gets `num_generations`, as in TRL.
-        num_generations_min (`int`, *optional*, defaults to `4`):
-            Limit that the fewest rollouts of a prompt fall to.
-        num_generations_max (`int`, *optional*, defaults to `12`):
-            Limit that the most rollouts of a prompt rise to.
+        num_generations_min (`int`, *optional*):
+            Limit that the fewest rollouts of a prompt fall to. If `None`, half of `num_generations` and at least 2: 4
+            of 8, as in the paper.
+        num_generations_max (`int`, *optional*):
+            Limit that the most rollouts of a prompt rise to. If `None`, half as many again as `num_generations`: 12 of
+            8, as in the paper.
         num_generations_step (`int`, *optional*, defaults to `2`):
             How far either bound moves after each pass over the dataset, starting at `num_generations`.
         difficulty_column (`str`, *optional*):
             Column of the dataset with a starting difficulty in [0, 1], 1 = hardest. It stands for prompts that have
-            not been sampled yet.
+            not been sampled yet; with it, budgets differ from the first pass on, within bounds one step wide.
         difficulty_reward_func (`str`, *optional*):
-            Name of the reward function whose reward is the correctness signal: it makes up a prompt's difficulty, and
-            a rollout counts as correct above 0.5. If `None`, the first reward function.
+            Name of the reward function, reward model (the last part of its name) or environment class whose reward is
+            the correctness signal: it makes up a prompt's difficulty, and a rollout counts as correct above 0.5. If
+            `None`, the first reward function.
 
         > Parameters that control the rewards of a batch
 
@@ -111,11 +114,19 @@ class E3GRPOConfig(GRPOConfig):
             "choices": ["rank", "uniform"],
         },
     )
-    num_generations_min: int = field(
-        default=4, metadata={"help": "Limit that the fewest rollouts of a prompt fall to, pass by pass."}
+    num_generations_min: int | None = field(
+        default=None,
+        metadata={
+            "help": "Limit that the fewest rollouts of a prompt fall to, pass by pass. None = half of "
+            "`num_generations`, and at least 2."
+        },
     )
-    num_generations_max: int = field(
-        default=12, metadata={"help": "Limit that the most rollouts of a prompt rise to, pass by pass."}
+    num_generations_max: int | None = field(
+        default=None,
+        metadata={
+            "help": "Limit that the most rollouts of a prompt rise to, pass by pass. None = half as many again as "
+            "`num_generations`."
+        },
     )
     num_generations_step: int = field(
         default=2, metadata={"help": "How far either bound moves after each pass, starting at `num_generations`."}
@@ -124,14 +135,14 @@ class E3GRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Column of the dataset with a starting difficulty in [0, 1], 1 = hardest, for prompts that have "
-            "not been sampled yet."
+            "not been sampled yet. With it, budgets differ from the first pass on."
         },
     )
     difficulty_reward_func: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the reward function whose reward is the correctness signal that makes up a prompt's "
-            "difficulty. If None, the first reward function."
+            "help": "Name of the reward function, reward model or environment class whose reward is the correctness "
+            "signal that makes up a prompt's difficulty. If None, the first reward function."
         },
     )
 
@@ -250,7 +261,9 @@ class E3GRPOConfig(GRPOConfig):
                 f"({1 / self.num_generations:.3g}), for a batch has a row for each candidate, and to at most 1."
             )
         if self.rollout_allocation == "rank":
-            self.make_budget_schedule()
+            schedule = self.make_budget_schedule()
+            self.num_generations_min = schedule.num_generations_min  # what None stands for
+            self.num_generations_max = schedule.num_generations_max
         if self.temperature_schedule == "entropy":
             if self.temperature <= 0:
                 raise ValueError(
@@ -302,7 +315,11 @@ class E3GRPOConfig(GRPOConfig):
     def make_budget_schedule(self) -> RolloutBudgetSchedule:
         """The bounds of the rollout budget as configured; `ValueError` if they are out of order."""
         return RolloutBudgetSchedule(
-            self.num_generations, self.num_generations_min, self.num_generations_max, self.num_generations_step
+            self.num_generations,
+            self.num_generations_min,
+            self.num_generations_max,
+            self.num_generations_step,
+            starts_ranked=self.difficulty_column is not None,
         )
 
     def make_temperature_schedule(self, vocab_size: int) -> TemperatureSchedule:

@@ -24,7 +24,7 @@ class Recorder(TrainerCallback):
         row = {
             "step": state.global_step,
             "temperature": self.trainer.temperature,
-            "target": self.trainer._temperature_schedule.target_entropy,
+            "target": self.trainer.temperature_schedule.target_entropy,
             "difficulty": [str(value) for value in tracker.difficulty],
             "rollouts": tracker.num_rollouts.tolist(),
             "rewards": tracker.reward_sum.tolist(),
@@ -48,9 +48,10 @@ def force_completions(trainer):
 
     def generate(prompt_ids, images, multimodal_fields, num_generations, *args):
         first = trainer.accelerator.process_index * len(prompt_ids)
+        sampling_round = 0 if trainer._batch is None else len(trainer._batch.rounds)
         completions = []
         for row in range(first, first + len(prompt_ids)):
-            rng = np.random.default_rng([trainer._num_generation_batches, len(trainer._scored), row])
+            rng = np.random.default_rng([trainer.num_generation_batches, sampling_round, row])
             completions.append(rng.integers(2, trainer.model.config.vocab_size, size=rng.integers(1, 9)).tolist())
         return completions, None
 

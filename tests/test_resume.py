@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
-from e3_trl.runs.checkpoint import load_window, save_window
+from e3_trl.runs.checkpoint import load_window, run_id, save_window
+from e3_trl.runs.describe import read_log
 
 
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -184,9 +185,9 @@ def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplo
         trainer.train(resume_from_checkpoint=f"{grpo.args.output_dir}/checkpoint-6")
     assert "holds no E3 state" in caplog.text
     assert trainer.state.global_step == 9
-    assert trainer._temperature_schedule.step_count == 9, "annealing keeps the run's own count"
+    assert trainer.temperature_schedule.step_count == 9, "annealing keeps the run's own count"
     assert trainer._train_sampler.epoch == 2
-    assert trainer._num_generation_batches == 9
+    assert trainer.num_generation_batches == 9
 
 
 def test_a_stream_resumes_its_temperature_and_target(make_trainer):
@@ -202,7 +203,7 @@ def test_a_stream_resumes_its_temperature_and_target(make_trainer):
     whole.train()
     resumed = make_trainer(output_dir="resumed", **settings)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5")
-    assert whole._temperature_schedule.step_count == 10
+    assert whole.temperature_schedule.step_count == 10
     for name in ("loss", "reward", "temperature", "target_entropy"):
         assert logged(resumed, name) == logged(whole, name)
 
@@ -234,11 +235,132 @@ def test_resuming_without_a_checkpoint_says_so(make_trainer):
         make_trainer().train(resume_from_checkpoint=True)
 
 
-def test_a_new_run_in_the_same_folder_keeps_the_old_rollouts(make_trainer):
-    trainer = make_trainer(max_steps=2)
-    trainer.train()
-    folder = Path(trainer.args.output_dir)
-    old = (folder / "rollouts.jsonl").read_text()
+# --- whose checkpoints
+
+
+def steps_of(folder) -> list[int]:
+    return sorted(int(path.name.split("-")[-1]) for path in folder.glob("checkpoint-*"))
+
+
+def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
+    """Resuming once took the highest step, whosever it was; and `save_total_limit` deleted the new run's."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    old = make_trainer(max_steps=8, **settings)
+    old.train()
+    old.save_state()
+    folder = Path(old.args.output_dir)
+    rollouts = (folder / "rollouts.jsonl").read_text()
+    new = make_trainer(max_steps=4, **settings)
+    new.train()
+    assert steps_of(folder) == [2, 4]
+    assert steps_of(folder / "earlier" / "1") == [6, 8]
+    assert (folder / "earlier" / "1" / "rollouts.jsonl").read_text() == rollouts
+    assert (folder / "earlier" / "1" / "trainer_state.json").exists()
+    assert read_log(folder) == new.state.log_history[:4]
+    resumed = make_trainer(max_steps=6, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[:4] == new.state.log_history[:4]
+    assert run_id(folder) == run_id(folder / "checkpoint-6") == new.run_id != old.run_id
     make_trainer(max_steps=1).train()
-    assert (folder / "rollouts.jsonl.old").read_text() == old
-    shutil.rmtree(folder)
+    assert steps_of(folder / "earlier" / "2") == [4, 6]
+
+
+def test_a_new_run_without_a_checkpoint_cannot_be_mistaken_for_the_old(make_trainer):
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=2).train()
+    make_trainer(max_steps=1).train()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    run = make_trainer(max_steps=8, **settings)
+    run.train()
+    folder = Path(run.args.output_dir)
+    resumed = make_trainer(max_steps=5, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert steps_of(folder) == [2, 4]
+    assert steps_of(folder / "earlier" / "1") == [6, 8]
+    assert {row["step"] for row in rows(resumed)} == {1, 2, 3, 4, 5}
+
+
+def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
+    old = make_trainer(max_steps=4, save_strategy="steps", save_steps=4)
+    old.train()
+    folder = Path(old.args.output_dir)
+    new = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    new.train()
+    shutil.copytree(folder / "earlier" / "1" / "checkpoint-4", folder / "checkpoint-4")
+    resumed = make_trainer(max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[:2] == new.state.log_history[:2]
+    # Named, it is that run that goes on; what the folder had is moved aside.
+    resumed = make_trainer(max_steps=5)
+    resumed.train(resume_from_checkpoint=str(folder / "earlier" / "1" / "checkpoint-4"))
+    assert resumed.run_id == old.run_id
+    assert {row["step"] for row in rows(resumed)} == {5}
+
+
+@pytest.mark.parametrize("max_steps", [8, 6], ids=["at the end of a pass", "inside a pass"])
+def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_steps):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": max_steps}
+    run = make_trainer(**settings)
+    run.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == max_steps
+    assert logged(resumed, "loss") == logged(run, "loss")
+    assert rows(resumed) == rows(run)
+    for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- settings that changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 8}, "num_generations is 8, and was 4 when .*checkpoint-6 was saved.*Set it to 4"),
+        ({"seed": 3}, "seed is 3, and was 7"),
+        ({"per_device_train_batch_size": 32}, "generation_batch_size is 32, and was 16"),
+        ({"temperature": 0.5}, "temperature is 0.5, and was 1.0 .* schedule, which began there, is at .* Set it to"),
+    ],
+)
+def test_a_setting_that_a_run_cannot_change_is_refused(make_trainer, checkpoint, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_constant_temperature_that_was_changed_is_obeyed(make_trainer):
+    """The run went on at the old one, while its report said the new one."""
+    settings = {"temperature_schedule": "constant", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(**settings).train()
+    resumed = make_trainer(**settings | {"max_steps": 6, "temperature": 0.5})
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed, "temperature") == [1.0] * 4 + [0.5] * 2
+
+
+def test_a_schedule_switched_off_leaves_the_configured_temperature(make_trainer, checkpoint):
+    resumed = make_trainer(temperature_schedule="constant", max_steps=8)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "temperature")[-2:] == [1.0, 1.0]
+    assert logged(resumed, "temperature")[5] != 1.0
+
+
+def test_a_schedule_switched_on_keeps_the_runs_count(make_trainer):
+    """It began at t = 0, so annealing came too late."""
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(temperature_schedule="constant", max_steps=8, **settings).train()
+    resumed = make_trainer(max_steps=12, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.temperature_schedule.step_count == 12
+    targets = logged(resumed, "target_entropy")
+    assert len(targets) == 4
+    assert targets[-1] == pytest.approx(0.9 * resumed.temperature_schedule.initial_entropy)
+
+
+def test_a_target_that_was_set_by_hand_is_obeyed(make_trainer, checkpoint):
+    resumed = make_trainer(temperature_target_entropy=2.5, max_steps=8)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "target_entropy")[-1] < 2.6

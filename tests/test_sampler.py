@@ -26,7 +26,7 @@ def test_without_a_schedule_the_stream_is_trls_in_every_pass(shuffle):
     sampler, trl_sampler = make_sampler(None, shuffle=shuffle), RepeatSampler(**STREAM, shuffle=shuffle)
     assert len(sampler) == len(trl_sampler)
     for epoch in range(3):
-        sampler.set_epoch(epoch)
+        sampler.begin_pass(epoch)
         assert list(sampler) == list(trl_sampler)
 
 
@@ -38,7 +38,7 @@ def test_rows_per_generation_batch_never_change():
     sampler = make_sampler()
     observe_all(sampler)
     for epoch in (1, 2, 5):
-        sampler.set_epoch(epoch)
+        sampler.begin_pass(epoch)
         rows = list(sampler)
         assert len(rows) == len(sampler) == 4 * 5 * 4 * 3
         for start in range(0, len(rows), 60):
@@ -53,28 +53,28 @@ def test_rows_per_generation_batch_never_change():
 
 def test_ranks_change_only_when_a_pass_begins():
     sampler = make_sampler()
-    sampler.set_epoch(1)
+    sampler.begin_pass(1)
     uniform = list(sampler)
     observe_all(sampler)
     assert list(sampler) == uniform
-    sampler.set_epoch(1)
+    sampler.begin_pass(1)
     assert list(sampler) == uniform
-    sampler.set_epoch(2)
+    sampler.begin_pass(2)
     assert list(sampler) != uniform
 
 
 def test_the_order_follows_from_the_epoch_alone():
     sampler, resumed = make_sampler(), make_sampler()
     for epoch in range(3):
-        sampler.set_epoch(epoch)
+        sampler.begin_pass(epoch)
         list(sampler)
-    resumed.set_epoch(2)
+    resumed.begin_pass(2)
     assert list(resumed) == list(sampler) == list(sampler)
 
 
 def test_place_names_pass_position_and_bounds():
     sampler = make_sampler()
-    sampler.set_epoch(2)
+    sampler.begin_pass(2)
     assert sampler.state_dict(num_batches=11) == {
         "pass": 2,
         "position": 3,

@@ -68,13 +68,3 @@ def test_half_a_row_breaks_neither_reading_nor_resuming(tmp_path, cut):
     log.resume(step=2)
     append(log, 3)
     assert log.path.read_text() == whole
-
-
-def test_a_new_run_keeps_the_rows_of_the_last(tmp_path):
-    log = RolloutLog(tmp_path)
-    append(log, 1)
-    before = log.path.read_text()
-    log.start()
-    append(log, 2)
-    assert (tmp_path / "rollouts.jsonl.old").read_text() == before
-    assert {row["step"] for row in read_rollouts(tmp_path)} == {2}

@@ -14,6 +14,19 @@ from e3_trl import RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts
 from e3_trl.method.advantages import group_advantages
 
 
+def record_rewards(trainer) -> list[torch.Tensor]:
+    """The rewards of the first reward function, call by call."""
+    recorded, calculate = [], trainer._calculate_rewards
+
+    def spy(*args):
+        rewards = calculate(*args)
+        recorded.append(rewards[:, 0])
+        return rewards
+
+    trainer._calculate_rewards = spy
+    return recorded
+
+
 def generation_batches(trainer) -> list[list[dict]]:
     """The rows of rollouts.jsonl by generation batch (4 prompts each)."""
     rows = read_rollouts(trainer.args.output_dir)
@@ -62,14 +75,13 @@ def test_budgets_follow_algorithm_1_within_bounds_that_widen(make_trainer, setti
 def test_every_completion_is_compared_with_its_own_prompts(make_trainer):
     """TRL takes rows in blocks of num_generations, which are not groups once budgets differ."""
     trainer = make_trainer(num_generations_step=2, scale_rewards="none")
-    seen = []
+    seen, recorded = [], record_rewards(trainer)
     rows_of = trainer._generate_and_score_completions
 
     def spy(inputs):
         prompts = [example["prompt"] for example in inputs]
         output = rows_of(inputs)
-        rewards = trainer._scored[0][0][:, 0]
-        seen.append((prompts, rewards.tolist(), output["advantages"].tolist(), list(trainer._logs["advantages"])))
+        seen.append((prompts, recorded[-1].tolist(), output["advantages"].tolist(), list(trainer._logs["advantages"])))
         return output
 
     trainer._generate_and_score_completions = spy
@@ -119,12 +131,18 @@ def test_difficulty_comes_from_the_named_reward_function_only(make_trainer):
     assert (by_name.difficulty_tracker.reward_sum % 1 == 0).all()
 
 
-def test_starting_difficulty_ranks_prompts_that_were_never_sampled(make_trainer):
+def test_starting_difficulty_splits_the_first_pass_within_bounds_one_step_wide(make_trainer):
+    """It once changed nothing: the first pass was uniform, and after it all prompts have been sampled."""
     dataset = make_dataset().add_column("level", [i / 15 for i in range(16)])
-    trainer = make_trainer(train_dataset=dataset, difficulty_column="level", max_steps=1)
+    settings = {"num_generations_step": 1, "max_steps": 4}
+    trainer = make_trainer(train_dataset=dataset, difficulty_column="level", **settings)
     np.testing.assert_allclose(trainer.difficulty_tracker.difficulty, np.arange(1, 17) / 16)
     trainer.train()
-    assert {row["rollouts"] for row in read_rollouts(trainer.args.output_dir)} == {4}, "the first pass is uniform"
+    for batch in generation_batches(trainer):
+        assert [row["difficulty"] for row in batch] == [(row["prompt_id"] + 1) / 16 for row in batch]
+        expected = allocate_rollouts([row["difficulty"] for row in batch], 4, 3, 5)
+        assert [row["rollouts"] for row in batch] == expected.tolist()
+    assert {row["rollouts"] for row in read_rollouts(trainer.args.output_dir)} == {3, 4, 5}
 
 
 def test_reward_functions_see_the_columns_of_the_dataset_alone(make_trainer):
@@ -184,7 +202,7 @@ def test_temperature_changes_only_between_generation_batches(make_trainer, setti
     compute_loss = trainer._compute_loss
 
     def spy(model, inputs):
-        used.append((trainer._num_generation_batches, trainer.temperature))
+        used.append((trainer.num_generation_batches, trainer.temperature))
         return compute_loss(model, inputs)
 
     trainer._compute_loss = spy
@@ -220,7 +238,7 @@ def test_target_is_the_token_weighted_entropy_of_the_first_batch(make_trainer, m
         total += entropies.sum().item()
         num_tokens += batch["completion_mask"].sum().item()
         means.append(entropies.sum().item() / max(batch["completion_mask"].sum().item(), 1))
-    assert trainer._temperature_schedule.initial_entropy == pytest.approx(total / num_tokens, rel=1e-5)
+    assert trainer.temperature_schedule.initial_entropy == pytest.approx(total / num_tokens, rel=1e-5)
     if micro_batch == 4:
         assert np.mean(means) != pytest.approx(total / num_tokens, rel=1e-5)
 
@@ -311,15 +329,14 @@ def test_gradient_agrees_with_a_plain_reference(make_trainer):
     trainer.train()
     model, temperature, batch = trainer.model, trainer.temperature, None
     sampler = iter(trainer._train_sampler)
-    rows = [trainer.train_dataset[next(sampler)] for _ in range(16)]
+    ids = [next(sampler) for _ in range(16)]
     model.train()
-    batch = trainer._generate_and_score_completions(rows)
-    ids = [row["e3_prompt_id"] for row in rows]
+    recorded = record_rewards(trainer)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] | {"e3_prompt_id": i} for i in ids])
     assert len(set(Counter(ids).values())) > 1
     assert abs(temperature - 1) > 0.05
 
-    rewards = trainer._scored[0][0][:, 0]
-    advantages = group_advantages(rewards, torch.tensor(ids))
+    advantages = group_advantages(recorded[-1], torch.tensor(ids))
     tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     length = batch["completion_ids"].size(1)
@@ -372,7 +389,7 @@ def test_evaluation_is_fixed_in_group_size_and_temperature(make_trainer):
     assert logged(trainer, "eval_temperature") == pytest.approx([0.7] * 4)
     assert trainer.difficulty_tracker.num_rollouts.sum() == 8 * 16
     assert len(set(logged(trainer, "temperature"))) > 4
-    assert trainer.temperature == trainer._temperature_schedule.temperature != 0.7
+    assert trainer.temperature == trainer.temperature_schedule.temperature != 0.7
     assert len(logged(plain, "temperature")) == len(logged(trainer, "temperature"))
 
 

@@ -7,7 +7,6 @@ import inspect
 
 import pytest
 import trl
-from accelerate.data_loader import DataLoaderShard
 from transformers import Trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
@@ -37,7 +36,11 @@ def test_version_is_the_tested_one():
         (GRPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (Trainer.save_model, ["self", "output_dir", "_internal_call"]),
         (Trainer._get_output_dir, ["self", "trial"]),
-        (DataLoaderShard.set_epoch, ["self", "epoch"]),
+        (
+            Trainer._get_dataloader,
+            ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ),
+        (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (
             utils.RepeatSampler.__init__,
             ["self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
@@ -46,6 +49,10 @@ def test_version_is_the_tested_one():
         (utils.nanstd, ["tensor", "dim", "keepdim"]),
         (utils.get_callable_name, None),
         (GRPOTrainer._tokenize_prompts, ["self", "prompts"]),
+        (
+            GRPOTrainer._generate_single_turn,
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
         (
             GRPOTrainer._get_per_token_logps_and_entropies,
             [
@@ -120,10 +127,10 @@ def test_class_docstring_lists_every_override():
 
 
 HOOKED_ATTRIBUTES = {
-    "_buffered_inputs", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer",
-    "environment_factories", "generation_config", "generation_kwargs", "multi_objective_aggregation",
-    "num_generations", "num_generations_eval", "num_iterations", "ref_model", "reward_func_names", "reward_weights",
-    "scale_rewards", "state", "use_vllm",
+    "_buffered_inputs", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs", "_signature_columns", "_step",
+    "_tokenizer", "callback_handler", "data_collator", "environment_factories", "generation_config",
+    "generation_kwargs", "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations",
+    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "use_vllm",
 }  # fmt: skip
 
 
@@ -140,8 +147,15 @@ def test_attributes(make_trainer):
 
 def test_rewards_come_gathered_one_column_per_function(make_trainer):
     trainer = make_trainer(max_steps=1)
+    shapes, calculate = [], trainer._calculate_rewards
+
+    def spy(*args):
+        shapes.append(calculate(*args).shape)
+        return calculate(*args)
+
+    trainer._calculate_rewards = spy
     trainer.train()
-    assert trainer._scored[0][0].shape == (16, 1)
+    assert shapes == [(16, 1)]
 
 
 def test_metrics_of_the_batch_are_the_last_entries(make_trainer):

@@ -105,12 +105,15 @@ class RolloutBudgetSchedule:
     Args:
         num_generations (`int`):
             Mean number of rollouts per prompt, \\( G \\).
-        num_generations_min (`int`, *optional*, defaults to `4`):
-            Lower limit of \\( G_{min} \\).
-        num_generations_max (`int`, *optional*, defaults to `12`):
-            Upper limit of \\( G_{max} \\).
+        num_generations_min (`int`, *optional*):
+            Lower limit of \\( G_{min} \\). `None` = half of `num_generations`, and at least 2: the paper's 4 of 8.
+        num_generations_max (`int`, *optional*):
+            Upper limit of \\( G_{max} \\). `None` = half as many again as `num_generations`: the paper's 12 of 8.
         num_generations_step (`int`, *optional*, defaults to `2`):
             How far each bound moves per pass.
+        starts_ranked (`bool`, *optional*, defaults to `False`):
+            Whether difficulty is known before the first pass. Its bounds are then one step wide already, as those of
+            the second: the paper, where it is not known, has no such case.
 
     Example:
 
@@ -118,23 +121,30 @@ class RolloutBudgetSchedule:
     >>> schedule = RolloutBudgetSchedule(num_generations=8)
     >>> [schedule.bounds(num_passes) for num_passes in range(4)]
     [(8, 8), (6, 10), (4, 12), (4, 12)]
+    >>> RolloutBudgetSchedule(num_generations=8, starts_ranked=True).bounds(0)
+    (6, 10)
 
     ```
     """
 
     num_generations: int
-    num_generations_min: int = 4
-    num_generations_max: int = 12
+    num_generations_min: int | None = None
+    num_generations_max: int | None = None
     num_generations_step: int = 2
+    starts_ranked: bool = False
 
     def __post_init__(self):
+        if self.num_generations_min is None:
+            object.__setattr__(self, "num_generations_min", max(2, self.num_generations // 2))
+        if self.num_generations_max is None:
+            object.__setattr__(self, "num_generations_max", self.num_generations + self.num_generations // 2)
         check_bounds(self.num_generations, self.num_generations_min, self.num_generations_max)
         if self.num_generations_step < 0:
             raise ValueError(f"num_generations_step is {self.num_generations_step}. Set it to 0 or more.")
 
     def bounds(self, num_passes: int) -> tuple[int, int]:
         r"""\\( (G_{min}, G_{max}) \\) after `num_passes` full passes over the dataset."""
-        widening = num_passes * self.num_generations_step
+        widening = max(num_passes, int(self.starts_ranked)) * self.num_generations_step
         return (
             max(self.num_generations_min, self.num_generations - widening),
             min(self.num_generations_max, self.num_generations + widening),

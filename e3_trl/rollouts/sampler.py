@@ -17,12 +17,14 @@ class RolloutBudgetSampler(RepeatSampler):
     all. The total per generation batch stays `batch_size * mini_repeat_count`, so rows per step, rank and micro-batch
     do not change. Without a budget schedule the stream is RepeatSampler's, pass for pass.
 
-    It can be resumed, which RepeatSampler cannot: the order of the prompts follows from the seed and the epoch alone,
-    and the budgets from the tracker's ranks, which change only when a new pass begins.
+    It can be resumed, which RepeatSampler cannot: the order of the prompts follows from the seed and the pass alone,
+    and the budgets from the tracker's ranks, which change only when a new pass begins. It has no `set_epoch`, which
+    transformers and accelerate would call at times of their own.
 
     Args:
-        difficulty (`DifficultyTracker`):
-            Ranks of the prompts. The sampler re-ranks it when a new pass begins.
+        difficulty (`DifficultyTracker`, *optional*):
+            Ranks of the prompts. The sampler re-ranks it when a new pass begins. `None` = prompts cannot be told
+            apart; then there is no budget schedule.
         budget_schedule (`RolloutBudgetSchedule`, *optional*):
             Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
         batch_size (`int`, *optional*, defaults to `1`):
@@ -35,6 +37,7 @@ class RolloutBudgetSampler(RepeatSampler):
 
     Attributes:
         epoch (`int`): passes over the dataset before this one.
+        num_batches (`int`): generation batches of a pass.
 
     Example:
 
@@ -50,7 +53,7 @@ class RolloutBudgetSampler(RepeatSampler):
     ... )
     >>> list(sampler)
     [0, 0, 0, 1, 1, 1]
-    >>> sampler.set_epoch(1)
+    >>> sampler.begin_pass(1)
     >>> list(sampler)
     [0, 0, 1, 1, 1, 1]
 
@@ -59,7 +62,7 @@ class RolloutBudgetSampler(RepeatSampler):
 
     def __init__(
         self,
-        difficulty: DifficultyTracker,
+        difficulty: DifficultyTracker | None,
         budget_schedule: RolloutBudgetSchedule | None = None,
         batch_size: int = 1,
         num_candidates: int | None = None,
@@ -72,11 +75,21 @@ class RolloutBudgetSampler(RepeatSampler):
         self.budget_schedule = budget_schedule
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begin pass `epoch`, counted from 0: new ranks and wider bounds come into force if it is a later one."""
-        if epoch > self.epoch:
+    @classmethod
+    def like(cls, sampler: RepeatSampler, **kwargs) -> "RolloutBudgetSampler":
+        """This sampler in the place of TRL's; `kwargs` are the arguments that it has not."""
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return cls(**{name: getattr(sampler, name) for name in names}, **kwargs)
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def begin_pass(self, number: int) -> None:
+        """Begin a pass, counted from 0: new ranks and wider bounds come into force if it is a later one."""
+        if number > self.epoch and self.difficulty is not None:
             self.difficulty.rerank()
-        self.epoch = epoch
+        self.epoch = number
 
     def state_dict(self, num_batches: int) -> dict[str, int]:
         """
@@ -88,7 +101,7 @@ class RolloutBudgetSampler(RepeatSampler):
             bounds = self.budget_schedule.bounds(self.epoch)
         return {
             "pass": self.epoch,
-            "position": num_batches - self.epoch * (self.num_samples // self.batch_size),
+            "position": num_batches - self.epoch * self.num_batches,
             "num_generations_min": bounds[0],
             "num_generations_max": bounds[1],
         }
@@ -110,7 +123,7 @@ class RolloutBudgetSampler(RepeatSampler):
             yield from rows.tolist() * self.repeat_count
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size * self.rows_per_batch * self.repeat_count
+        return self.num_batches * self.rows_per_batch * self.repeat_count
 
     def rows(self, prompts: np.ndarray) -> np.ndarray:
         """Each prompt of one generation batch as often as its budget says, shape `(rows_per_batch,)`."""

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from .batch import GenerationBatch
 
 
 FILE_NAME = "rollouts.jsonl"
@@ -22,11 +25,6 @@ class RolloutLog:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE_NAME
-
-    def start(self) -> None:
-        """Begin a new run: the rows of an earlier one in the same folder move to `rollouts.jsonl.old`."""
-        if self.path.exists():
-            self.path.replace(self.path.with_name(FILE_NAME + ".old"))
 
     def resume(self, step: int) -> None:
         """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
@@ -127,3 +125,35 @@ def rollout_metrics(counts: dict[str, np.ndarray]) -> dict[str, float]:
         "rollouts/all_wrong": float((correct == 0).mean()) if scored.any() else float("nan"),
         "rollouts/all_correct": float((correct == num_scored).mean()) if scored.any() else float("nan"),
     }
+
+
+def log_rollouts(trainer, batch: GenerationBatch) -> None:
+    """Log what was sampled, whether it is trained on or not, and count it towards difficulty."""
+    correctness = batch.rewards[:, trainer.difficulty_reward_index].cpu().numpy()
+    counts = rollout_counts(batch.sampled_ids, correctness, batch.lengths.cpu().numpy())
+    for name, value in rollout_metrics(counts).items():
+        trainer.add_metric(name, value)
+    if trainer.accelerator.is_main_process:
+        difficulty = trainer.difficulty_of(batch, counts["prompt_id"])
+        trainer.rollout_log.append(trainer.state.global_step + 1, counts, difficulty, trainer.temperature)
+    if batch.indexed:
+        trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
+
+
+def log_engine_health(trainer, logps: torch.Tensor, inputs: dict, mask: torch.Tensor) -> None:
+    """
+    Log how far vLLM, which sampled, is from the model that trains: the mean and the largest difference of log-probs.
+
+    Args:
+        trainer ([`E3GRPOTrainer`]): the trainer.
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs that the loss has computed.
+        inputs (`dict`): the micro-batch, with the log-probs that vLLM sampled with, NaN = unknown.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 where a token counts.
+    """
+    difference = (logps.detach() - inputs["sampling_per_token_logps"]).abs()[mask.bool()]
+    difference = difference[~difference.isnan()]
+    largest = difference.max() if len(difference) else difference.new_zeros(())
+    local = torch.stack([difference.sum(), difference.new_tensor(float(len(difference))), largest])
+    total, count, largest = trainer.accelerator.gather(local).view(-1, 3).unbind(dim=1)
+    trainer.add_metric("sampling/sampling_logp_difference/mean", (total.sum() / count.sum().clamp(min=1)).item())
+    trainer.add_metric("sampling/sampling_logp_difference/max", largest.max().item())

@@ -23,16 +23,26 @@ class VLLMServerError(ConnectionError):
         )
 
 
-def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_round: int = 0) -> list[int]:
+@contextmanager
+def server_errors_named(args, model) -> Iterator[None]:
+    """Inside, a vLLM server that is not there is a [`VLLMServerError`]."""
+    try:
+        yield
+    except requests.ConnectionError as error:
+        if args.vllm_mode != "server":
+            raise
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        raise VLLMServerError(url, model if isinstance(model, str) else model.name_or_path, str(error)) from error
+
+
+def request_seeds(key: list[int], prompt_ids: np.ndarray) -> list[int]:
     """
-    Sampling seeds that depend on nothing but the run's seed, the generation batch, the prompt and the copy, so that a
-    resumed or repeated run draws the same completions on any number of ranks.
+    Sampling seeds that depend on nothing but the key, the prompt and the copy, so that a resumed or repeated run draws
+    the same completions on any number of ranks.
 
     Args:
-        run_seed (`int`): the run's seed.
-        batch (`int`): number of the generation batch in the run.
+        key (`list[int]`): of the call, such as the run's seed, the generation batch and the round.
         prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all ranks.
-        sampling_round (`int`, *optional*, defaults to 0): round of dynamic sampling.
 
     Returns:
         `list[int]`: one seed per row. Those of a prompt's copies are consecutive: so vLLM counts within a request.
@@ -40,7 +50,7 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_ro
     Example:
 
     ```python
-    >>> seeds = request_seeds(run_seed=42, batch=0, prompt_ids=[7, 7, 3, 7])
+    >>> seeds = request_seeds([42, 0], prompt_ids=[7, 7, 3, 7])
     >>> seeds[1] - seeds[0], seeds[3] - seeds[1]
     (1, 1)
 
@@ -50,12 +60,44 @@ def request_seeds(run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_ro
     seeds = []
     for prompt in np.asarray(prompt_ids).tolist():
         if prompt not in next_seed:
-            next_seed[prompt] = int(
-                np.random.SeedSequence([run_seed, batch, sampling_round, prompt]).generate_state(1)[0]
-            )
+            next_seed[prompt] = _seed([*key, prompt])
         seeds.append(next_seed[prompt])
         next_seed[prompt] += 1
     return seeds
+
+
+def _seed(key: list[int]) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class EngineSeeds:
+    """
+    Seeds of the calls that one engine gets while one round of completions is sampled: one for all rows, and where a
+    rollout function or tools call the engine again, others for each further call.
+
+    Args:
+        key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
+        engine (`int`): number of the engine.
+        num_engines (`int`): engines that share the rows.
+        prompt_ids (`np.ndarray` of shape `(N,)`, *optional*): prompt of each row, over all ranks.
+    """
+
+    def __init__(self, key: list[int], engine: int, num_engines: int, prompt_ids: np.ndarray | None = None):
+        self.key = key
+        self.engine = engine
+        self._row_seeds: list[int] = []
+        if prompt_ids is not None:
+            num_rows = len(prompt_ids) // num_engines
+            self._row_seeds = request_seeds([*key, 0], prompt_ids)[engine * num_rows : (engine + 1) * num_rows]
+        self._num_calls = 0
+
+    def next_call(self, num_rows: int) -> tuple[int, list[int]]:
+        """A seed for a call as a whole, and one for each of its rows."""
+        call, self._num_calls = self._num_calls, self._num_calls + 1
+        seed = _seed([*self.key, call, self.engine])
+        if call == 0 and num_rows == len(self._row_seeds):
+            return seed, self._row_seeds
+        return seed, [seed + row for row in range(num_rows)]  # which prompts they belong to is not known here
 
 
 @contextmanager
@@ -81,14 +123,12 @@ class RolloutGeneration(VLLMGeneration):
     - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there.
 
     Attributes:
-        seeds (`list[int]`, *optional*):
-            Sampling seed of each row of this process's engine in the next call. `None` = leave it to the engine.
         seed_requests (`bool`):
-            Whether each completion is drawn with its row's seed. Otherwise the first seed stands for the whole call.
+            Whether each completion is drawn with its row's seed. Otherwise a call has one seed.
     """
 
-    seeds: list[int] | None = None
     seed_requests: bool = False
+    _seeds: EngineSeeds | None = None
     _server_error: str | None = None
 
     @classmethod
@@ -111,30 +151,58 @@ class RolloutGeneration(VLLMGeneration):
             generation.llm.generate = generation._generate_merged
         return generation
 
-    def set_seeds(self, run_seed: int, batch: int, prompt_ids: np.ndarray, sampling_round: int = 0) -> None:
-        """Seed the next call: see [`request_seeds`]. Processes that share an engine share its rows."""
-        num_rows = len(prompt_ids) // self.accelerator.num_processes * self.tensor_parallel_size
-        first = self.accelerator.process_index // self.tensor_parallel_size * num_rows
-        self.seeds = request_seeds(run_seed, batch, prompt_ids, sampling_round)[first : first + num_rows]
+    @contextmanager
+    def seeded(self, key: list[int], prompt_ids: np.ndarray | None = None) -> Iterator[None]:
+        """
+        Inside, the calls of a colocated engine are seeded, also those that a rollout function makes. TRL and rollout
+        functions call the engine themselves, and hand it no seeds.
+
+        Args:
+            key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
+            prompt_ids (`np.ndarray` of shape `(N,)`, *optional*): prompt of each row, over all ranks.
+        """
+        # Processes that share an engine share its rows.
+        engine = self.accelerator.process_index // self.tensor_parallel_size
+        num_engines = self.accelerator.num_processes // self.tensor_parallel_size
+        self._seeds = EngineSeeds(key, engine, num_engines, prompt_ids)
+        try:
+            yield
+        finally:
+            self._seeds = None
 
     def _generate_merged(self, prompts, sampling_params, **kwargs):
-        seeds = self.seeds if self.seeds and self.seed_requests else [None] * len(prompts)
+        # What a rollout function asks for in another form than TRL's is left as it is.
+        is_merged = getattr(sampling_params, "n", None) == 1 and all(
+            "prompt_token_ids" in prompt for prompt in prompts
+        )
+        whole_call, seeds = nullcontext(), None
+        if self._seeds is not None:
+            call_seed, row_seeds = self._seeds.next_call(len(prompts))
+            if self.seed_requests and is_merged:
+                seeds = row_seeds
+            else:
+                whole_call = seeded_engine(call_seed, self.accelerator.device)
+        if is_merged:
+            prompts, sampling_params = self._merge(prompts, sampling_params, seeds)
+        with whole_call:
+            return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
+
+    @staticmethod
+    def _merge(prompts: list[dict], params, seeds: list[int] | None) -> tuple[list[dict], list]:
+        """Requests in place of neighbouring rows with the same prompt and, where they have any, consecutive seeds."""
 
         def request(row: int):
-            # Rows share a request if they share the prompt and, where they have any, count their seeds on.
-            offset = None if seeds[row] is None else seeds[row] - row
+            offset = None if seeds is None else seeds[row] - row
             return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset
 
         merged_prompts, merged_params = [], []
         for _, group in groupby(range(len(prompts)), key=request):
             first, *copies = group
-            params = sampling_params.clone()
-            params.n, params.seed = 1 + len(copies), seeds[first]
             merged_prompts.append(prompts[first])
-            merged_params.append(params)
-        whole_call = self.seeds and not self.seed_requests
-        with seeded_engine(self.seeds[0], self.accelerator.device) if whole_call else nullcontext():
-            return self._llm_generate(merged_prompts, sampling_params=merged_params, **kwargs)
+            merged_params.append(params.clone())
+            merged_params[-1].n = 1 + len(copies)
+            merged_params[-1].seed = None if seeds is None else seeds[first]
+        return merged_prompts, merged_params
 
     def _generate_or_nothing(self, **kwargs):
         # TRL hands the main process's answer to all ranks, so an empty one tells them all.

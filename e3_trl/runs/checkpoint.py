@@ -1,11 +1,14 @@
 """
-The part of a checkpoint that is E3's: JSON and safetensors, never pickle.
+The part of a checkpoint that is E3's: JSON and safetensors, never pickle. And which checkpoints are whose.
 
-- `e3_state.json`: the dataset's fingerprint, the sampler's place, the bounds in force, the temperature schedule,
-  checksums
+- `e3_state.json`: the run's id, the dataset's fingerprint, the sampler's place, the bounds in force, the temperature
+  schedule, checksums
 - `e3_difficulty.safetensors`: rollouts, rewards and rank in force of each prompt
 - `e3_generation_window_<process>.safetensors`: the completions still to be trained on, if the checkpoint lies inside a
   generation window
+
+The run's folder has `run.json` with the id of the run whose files lie in it. What is left of another run, or of steps
+that a run goes back behind, moves to `earlier/<number>` when the run begins.
 """
 
 import hashlib
@@ -21,23 +24,37 @@ from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..rollouts.telemetry import FILE_NAME as ROLLOUTS_FILE
+
 
 STATE_FILE = "e3_state.json"
 DIFFICULTY_FILE = "e3_difficulty.safetensors"
 WINDOW_FILE = "e3_generation_window_{process_index}.safetensors"
+RUN_FILE = "run.json"
+EARLIER = "earlier"
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of the prompts in their order: the ids under which difficulty is kept mean nothing with others."""
+    """
+    SHA-256 of the prompts in their order: the ids under which difficulty is kept mean nothing with others. Of the data
+    as they are stored: no transform is called, no image decoded, and another process finds the same.
+    """
     digest = hashlib.sha256()
     columns = ["prompt"] if "prompt" in dataset.column_names else dataset.column_names
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
-        digest.update(json.dumps(batch, default=repr).encode())
+    for batch in dataset.with_format("arrow").select_columns(columns).iter(batch_size=1000):
+        digest.update(json.dumps(batch.to_pydict(), default=_stored).encode())
     return digest.hexdigest()
 
 
+def _stored(value) -> str:
+    return _sha256(value) if isinstance(value, bytes) else str(value)
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Newest checkpoint in `output_dir` that was written to its end, or `None`: a kill can leave one unfinished."""
+    """
+    Newest checkpoint in `output_dir` that was written to its end, and by the run whose folder it is; `None` without
+    one. A kill can leave one unfinished.
+    """
 
     def is_complete(folder: Path) -> bool:
         try:
@@ -47,8 +64,67 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             return False
         return True
 
-    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(folder)]
-    return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
+    owner = run_id(output_dir)
+    folders = [
+        folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if is_complete(folder) and (owner is None or run_id(folder) in (owner, None))
+    ]
+    return str(max(folders, key=_step)) if folders else None
+
+
+def run_id(folder: str | Path) -> str | None:
+    """Id of the run that a checkpoint is of, or whose output folder this is; `None` if it says nothing of it."""
+    for name, keys in ((STATE_FILE, ("state", "run_id")), (RUN_FILE, ("run_id",))):
+        try:
+            value = json.loads((Path(folder) / name).read_text())
+            for key in keys:
+                value = value[key]
+            return value
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None, step: int = 0) -> Path | None:
+    """
+    Make `output_dir` the folder of one run. Checkpoints, rollouts and log of another run, or of later steps than the
+    run goes on from, move to a folder in `earlier/`: nobody would go on from them, draw them or delete them (for
+    `save_total_limit`) by mistake. Models stay where they are.
+
+    Args:
+        output_dir (`str` or `Path`): the run's output folder.
+        new_id (`str`): the run's id.
+        old_id (`str`, *optional*): the id in the checkpoint that it goes on from.
+        step (`int`): step of that checkpoint, 0 = a new run.
+
+    Returns:
+        The folder that they moved to, or `None` if there were none.
+    """
+    output_dir = Path(output_dir)
+    is_new = step == 0
+    foreign = [
+        folder
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if is_new or _step(folder) > step or run_id(folder) != old_id
+    ]
+    if is_new or run_id(output_dir) not in (None, old_id):
+        foreign += [path for name in (ROLLOUTS_FILE, TRAINER_STATE_NAME) if (path := output_dir / name).exists()]
+    elif (path := output_dir / TRAINER_STATE_NAME).exists() and json.loads(path.read_text())["global_step"] > step:
+        foreign.append(path)
+    folder = None
+    if foreign:
+        taken = [int(path.name) for path in (output_dir / EARLIER).glob("*") if path.name.isdigit()]
+        folder = output_dir / EARLIER / str(max(taken, default=0) + 1)
+        folder.mkdir(parents=True)
+        for path in foreign:
+            path.replace(folder / path.name)
+    _write(output_dir / RUN_FILE, _encode({"run_id": new_id}))
+    return folder
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
 
 
 def save_state(folder: str | Path, state: dict, difficulty: dict[str, np.ndarray]) -> None:
@@ -87,7 +163,7 @@ def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> boo
             "optimizer steps of a generation batch."
         )
     if deepspeed and not (folder / "latest_universal").exists():
-        tag = folder / f"global_step{folder.name.split('-')[-1]}"
+        tag = folder / f"global_step{_step(folder)}"
         raise ValueError(
             f"{folder} was saved by {saved} processes with DeepSpeed; this run has {num_processes}. Convert it with "
             f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal`, "
@@ -96,7 +172,9 @@ def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> boo
     return deepspeed
 
 
-def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.ndarray]] | None:
+def load_state(
+    folder: str | Path, dataset: dict, settings: dict | None = None
+) -> tuple[dict, dict[str, np.ndarray]] | None:
     """
     Read what [`save_state`] wrote.
 
@@ -104,12 +182,15 @@ def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.nd
         folder (`str` or `Path`): the checkpoint.
         dataset (`dict`):
             `num_prompts` and `fingerprint` of the dataset that the run goes on with. Empty for a stream.
+        settings (`dict`, *optional*):
+            Settings, by name, that a run cannot change on its way.
 
     Returns:
         The state and the arrays, or `None` if the checkpoint holds no E3 state.
 
     Raises:
-        `ValueError`: if a file is damaged or missing, or the state belongs to another dataset; it says which.
+        `ValueError`: if a file is damaged or missing, or the state belongs to another dataset or other settings; it
+            says which.
     """
     path = Path(folder) / STATE_FILE
     if not path.exists():
@@ -128,6 +209,13 @@ def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.nd
             raise ValueError(
                 f"{path} belongs to another dataset: its {name} is {state['dataset'].get(name)}, this run's {value}. "
                 "Resume with the dataset that the run began with, or start a new run."
+            )
+    for name, value in (settings or {}).items():
+        saved_value = state.get("settings", {}).get(name, value)
+        if saved_value != value:
+            raise ValueError(
+                f"{name} is {value}, and was {saved_value} when {folder} was saved: what has been counted so far "
+                f"would mean something else. Set it to {saved_value}, or start a new run."
             )
     path = Path(folder) / DIFFICULTY_FILE
     if not path.exists():

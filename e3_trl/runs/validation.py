@@ -30,11 +30,12 @@ def check_run(
     tools: bool = False,
 ) -> None:
     """
-    Raise `ValueError`, naming the field, its value and the remedy, if the run cannot be trained as configured.
+    Raise `ValueError`, naming the field, its value and the remedy, if the run cannot be trained as configured. What
+    TRL says itself is left to it.
 
     Args:
         args ([`E3GRPOConfig`]): the run's configuration.
-        reward_funcs (`list`): reward functions; models and their names are not looked at.
+        reward_funcs (`list`): reward functions, reward models and their names.
         train_dataset (`Dataset`, `IterableDataset` or `None`): data to train on.
         eval_datasets (`list`): data to evaluate on.
         fixed_columns (`bool`, *optional*, defaults to `True`):
@@ -42,16 +43,17 @@ def check_run(
         tools (`bool`, *optional*, defaults to `False`):
             Whether completions can call tools.
     """
-    callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
+    if not isinstance(args, E3GRPOConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}, which has none of E3's settings. Use E3GRPOConfig: it takes the same "
+            "arguments, and those of E3."
+        )
     if fixed_columns:
+        callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
         for dataset in [train_dataset, *eval_datasets]:
             _check_columns(dataset, callables)
-    names = [get_callable_name(func) for func in callables]
-    if args.difficulty_reward_func is not None and args.difficulty_reward_func not in names:
-        raise ValueError(
-            f"difficulty_reward_func is {args.difficulty_reward_func!r}, which is none of the reward functions "
-            f"{names}. Set it to one of them, or to None for the first."
-        )
+        # An environment may bring a reward of its own, whose name the trainer has later.
+        difficulty_reward_index(args, [_reward_name(func) for func in reward_funcs if func is not None])
     sized = isinstance(train_dataset, Dataset)
     images = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or [])
     text_only = {
@@ -66,24 +68,34 @@ def check_run(
                 f"environment or rollout function. Set it to {getattr(E3GRPOConfig, name)}, or leave these out."
             )
     annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
-    if annealing and not sized and args.max_steps <= 0:
+    if annealing and isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError(
             f"annealing_start is {args.annealing_start}, but max_steps is {args.max_steps} and the dataset has no "
             "length. Set max_steps, or set annealing_start to None."
         )
-    if args.rollout_allocation == "rank" and not sized:
+    if args.rollout_allocation == "rank" and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: prompts without an "
             "index cannot be ranked. Load it as a `Dataset` (streaming off), or set rollout_allocation to 'uniform'."
         )
+    if args.rollout_allocation == "rank" and train_dataset is None:
+        warnings.warn(
+            "rollout_allocation is 'rank', but the environment makes the prompts, which have no index and cannot be "
+            "ranked: every prompt will get num_generations rollouts. Pass a train_dataset, or set rollout_allocation "
+            "to 'uniform'.",
+            stacklevel=3,
+        )
     prompts_per_batch = args.generation_batch_size // args.num_generations
-    if args.rollout_allocation == "rank" and (
-        prompts_per_batch == 1 or args.num_generations_min == args.num_generations
+    if (
+        args.rollout_allocation == "rank"
+        and sized
+        and (prompts_per_batch == 1 or args.num_generations in (args.num_generations_min, args.num_generations_max))
     ):
         warnings.warn(
             f"rollout_allocation is 'rank', but every prompt will get num_generations ({args.num_generations}) "
-            f"rollouts: a generation batch has {prompts_per_batch} prompt(s), and num_generations_min is "
-            f"{args.num_generations_min}. Raise gradient_accumulation_steps, or lower num_generations_min.",
+            f"rollouts: a generation batch has {prompts_per_batch} prompt(s), num_generations_min is "
+            f"{args.num_generations_min} and num_generations_max {args.num_generations_max}. Raise "
+            "gradient_accumulation_steps, or widen these.",
             stacklevel=3,
         )
     if sized:
@@ -95,6 +107,25 @@ def check_run(
                 f"{args.num_generations} / prompt_selection_ratio {args.prompt_selection_ratio:g}). Add prompts, or "
                 "lower per_device_train_batch_size or steps_per_generation."
             )
+
+
+def difficulty_reward_index(args: E3GRPOConfig, names: list[str]) -> int:
+    """The column of rewards that is the correctness signal; `ValueError` if no reward function has the name."""
+    if args.difficulty_reward_func is None:
+        return 0
+    if args.difficulty_reward_func not in names:
+        raise ValueError(
+            f"difficulty_reward_func is {args.difficulty_reward_func!r}, which is none of the reward functions "
+            f"{names}. Set it to one of them, or to None for the first."
+        )
+    return names.index(args.difficulty_reward_func)
+
+
+def _reward_name(func) -> str:
+    """The name that TRL will give a reward function, or a reward model or its path."""
+    if isinstance(func, torch.nn.Module):
+        func = func.config._name_or_path
+    return func.split("/")[-1] if isinstance(func, str) else get_callable_name(func)
 
 
 def check_colocated_vllm(
@@ -143,6 +174,8 @@ def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list
     columns = getattr(dataset, "column_names", None)
     if columns is None:  # a stream can leave its columns open
         return
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset):
+        columns = list(dataset[0])  # a transform makes and drops columns
     if "prompt" not in columns:
         raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
     for func in reward_funcs:
@@ -177,4 +210,4 @@ def _check_difficulty_column(column: str | None, dataset: Dataset) -> None:
 
 def initial_difficulty(column: str | None, dataset: Dataset) -> np.ndarray | None:
     """The starting difficulty of each prompt, shape `(num_prompts,)`, NaN where the column is null."""
-    return None if column is None else np.array(list(dataset[column]), dtype=np.float64)
+    return None if column is None else np.array(list(dataset.with_format(None)[column]), dtype=np.float64)

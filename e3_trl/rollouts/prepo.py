@@ -1,0 +1,52 @@
+"""PREPO in a generation batch: which prompts it has, and how much its completions count."""
+
+import numpy as np
+import torch
+from trl.trainer.utils import pad
+
+from ..method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
+from .batch import GenerationBatch, read_examples
+from .scoring import score
+
+
+def select_prompts(trainer, batch: GenerationBatch) -> None:
+    """
+    Choose the batch's prompts among its candidates by their perplexity, and give them their budgets.
+
+    They keep the candidates' order: in the order of perplexity, the last process would always have the longest work.
+    """
+    rows = batch.group_ids
+    candidates = rows[np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])]
+    num_processes = trainer.accelerator.num_processes
+    share = np.resize(candidates, (num_processes, -(-len(candidates) // num_processes)))[batch.process_index]
+    perplexity = trainer.accelerator.gather(_perplexity(trainer, share))
+    perplexity = perplexity[: len(candidates)].float().cpu().numpy()
+    progress = trainer.state.global_step / trainer.state.max_steps
+    chosen = np.sort(select_by_perplexity(perplexity, len(rows) // trainer.num_generations, progress))
+    trainer.add_metric("prompt_perplexity/candidates", float(perplexity.mean()))
+    trainer.add_metric("prompt_perplexity/selected", float(perplexity[chosen].mean()))
+    batch.rounds = [batch.make_round(trainer._train_sampler.rows(candidates[chosen]), trainer.train_dataset)]
+
+
+def _perplexity(trainer, prompt_ids: np.ndarray) -> torch.Tensor:
+    """Of each prompt's tokens after the first, at temperature 1; shape `(len(prompt_ids),)`."""
+    examples = read_examples(trainer.train_dataset, prompt_ids, ["prompt"])
+    prompt_ids, *_ = trainer._tokenize_prompts([example["prompt"] for example in examples])
+    tokens = [torch.tensor(ids, device=trainer.accelerator.device) for ids in prompt_ids]
+    input_ids = pad(tokens, trainer._tokenizer.pad_token_id)
+    mask = pad([torch.ones_like(ids) for ids in tokens])
+    with trainer.live_temperature.at(1.0):
+        logps, _ = score(trainer, input_ids, mask, input_ids.size(1) - 1)
+    return prompt_perplexity(logps, mask[:, 1:])
+
+
+def weigh_by_entropy(trainer, batch: GenerationBatch, output: dict) -> None:
+    """Multiply each completion's advantage by its entropy relative to the batch's."""
+    tokens, attended = (
+        torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+    )
+    mask = output["completion_mask"] * output.get("tool_mask", 1)
+    _, entropies = score(trainer, tokens, attended, mask.size(1))
+    weights = entropy_weights(trainer.accelerator.gather(token_mean(entropies, mask)))
+    trainer.add_metric("entropy_weight/max", weights.max().item())
+    batch.advantages = batch.advantages * weights

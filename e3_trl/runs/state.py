@@ -1,0 +1,158 @@
+"""What of a trainer is in its checkpoints, and how a run begins, goes on and ends early. Functions of the trainer."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict
+
+import numpy as np
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from ..method.temperature import EntropyWindow
+from ..rollouts.vllm import VLLMServerError
+from . import checkpoint as checkpoints
+
+
+logger = get_logger(__name__)
+
+# What a run cannot change on its way: which prompts come when, and what is counted of them, depend on it.
+FIXED_SETTINGS = (
+    "difficulty_reward_func", "generation_batch_size", "num_generations", "num_iterations", "prompt_selection_ratio",
+    "seed", "shuffle_dataset",
+)  # fmt: skip
+
+
+def choose_checkpoint(trainer, resume_from_checkpoint: str | bool | None) -> str | None:
+    """
+    The checkpoint that the run goes on from, ready for its number of processes; `None` = it is a new run.
+
+    Raises:
+        `ValueError`: if there is none, or these processes cannot resume it; it says what to do.
+    """
+    output_dir = trainer.args.output_dir
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = checkpoints.last_complete_checkpoint(output_dir)
+        if resume_from_checkpoint is None:
+            raise ValueError(
+                f"resume_from_checkpoint is True, but {output_dir} (output_dir) holds no complete checkpoint. Unset "
+                "it to start a new run."
+            )
+    if not resume_from_checkpoint:
+        return None
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if checkpoints.is_resharded(resume_from_checkpoint, trainer.accelerator.num_processes, plugin is not None):
+        plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    return resume_from_checkpoint
+
+
+def begin_run(trainer, old_id: str | None = None, step: int = 0) -> None:
+    """Make the output folder that of the run, which is new or goes on from `step` of the run `old_id`."""
+    (trainer.run_id,) = broadcast_object_list([old_id or uuid.uuid4().hex])
+    if trainer.args.should_save:
+        moved = checkpoints.enter_folder(trainer.args.output_dir, trainer.run_id, old_id, step)
+        if moved is not None:
+            logger.warning(f"output_dir held another run, or later steps of this one. They are in {moved} now.")
+
+
+def save_run(trainer, folder: str) -> None:
+    """Write E3's part of a checkpoint: of each process its window, of one what all share."""
+    if trainer.window_step != 0:
+        checkpoints.save_window(folder, trainer.accelerator.process_index, trainer._buffered_inputs)
+    if trainer.args.should_save:
+        tracker = trainer.difficulty_tracker
+        checkpoints.save_state(folder, _state_dict(trainer), {} if tracker is None else tracker.state_dict())
+
+
+def _state_dict(trainer) -> dict:
+    """What `e3_state.json` holds: all that cannot be recomputed, and what a reader wants to know."""
+    sampler, schedule = trainer._train_sampler, trainer.temperature_schedule
+    return {
+        "run_id": trainer.run_id,
+        "dataset": trainer.dataset_id,
+        "settings": {name: getattr(trainer.args, name) for name in (*FIXED_SETTINGS, "temperature")},
+        "num_processes": trainer.accelerator.num_processes,
+        "sampler": None if sampler is None else sampler.state_dict(trainer.num_generation_batches),
+        "num_generation_batches": trainer.num_generation_batches,
+        "window_step": trainer.window_step,
+        "temperature": trainer.temperature,
+        "temperature_schedule": None if schedule is None else schedule.state_dict(),
+        "entropy_window": asdict(trainer.entropy_window),
+    }
+
+
+def resume_run(trainer, checkpoint: str) -> None:
+    """
+    Go on from a checkpoint, whose weights and optimizer have been loaded.
+
+    Raises:
+        `ValueError`: if it is damaged, or belongs to another dataset or to settings that a run cannot change.
+    """
+    if trainer.is_deepspeed_enabled:
+        # From its universal format DeepSpeed gives all parameter groups one step counter, and each counts it on.
+        for optimizer_state in trainer.optimizer.state.values():
+            if "step" in optimizer_state:
+                optimizer_state["step"] = deepcopy(optimizer_state["step"])
+    settings = {name: getattr(trainer.args, name) for name in FIXED_SETTINGS}
+    loaded = checkpoints.load_state(checkpoint, trainer.dataset_id, settings)
+    step = trainer.state.global_step
+    if loaded is None:
+        logger.warning(
+            f"{checkpoint} holds no E3 state: difficulty, rollout bounds and temperature start anew from here."
+        )
+        micro_steps = step * trainer.args.gradient_accumulation_steps
+        loaded = {"num_generation_batches": micro_steps // trainer.window_steps, "window_step": 0}, None
+    _restore(trainer, checkpoint, *loaded)
+    _restore_temperature(trainer, checkpoint, loaded[0])
+    begin_run(trainer, checkpoints.run_id(checkpoint), step)  # after the checks: what is refused loses no rows
+    if trainer.accelerator.is_main_process:
+        trainer.rollout_log.resume(step)
+
+
+def _restore(trainer, checkpoint: str, state: dict, difficulty: dict[str, np.ndarray] | None) -> None:
+    trainer.num_generation_batches = state["num_generation_batches"]
+    trainer._step = state["window_step"]
+    if trainer.window_step != 0:
+        accelerator = trainer.accelerator
+        trainer._buffered_inputs = checkpoints.load_window(checkpoint, accelerator.process_index, accelerator.device)
+    if trainer.difficulty_tracker is not None and difficulty is not None:
+        trainer.difficulty_tracker.load_state_dict(difficulty)
+        trainer._train_sampler.epoch = state["sampler"]["pass"]
+
+
+def _restore_temperature(trainer, checkpoint: str, state: dict) -> None:
+    """Go on where the temperature was, unless the settings say otherwise by now."""
+    args, schedule, saved = trainer.args, trainer.temperature_schedule, state.get("temperature_schedule")
+    before = state.get("settings", {}).get("temperature", args.temperature)
+    if schedule is None:
+        if saved is None and before == args.temperature:
+            trainer.temperature = state.get("temperature", args.temperature)  # it may have been set by hand
+    elif saved is None:
+        schedule.step_count = trainer.state.global_step  # annealing keeps the run's count
+    elif before != args.temperature:
+        raise ValueError(
+            f"temperature is {args.temperature}, and was {before} when {checkpoint} was saved: the schedule, which "
+            f"began there, is at {saved['temperature']:.3g} now. Set it to {before}, or temperature_schedule to "
+            "'constant'."
+        )
+    else:
+        schedule.load_state_dict(saved)
+        if args.temperature_target_entropy is not None:
+            schedule.initial_entropy = args.temperature_target_entropy
+        trainer.temperature = schedule.temperature
+        trainer.entropy_window = EntropyWindow(**state["entropy_window"])
+
+
+@contextmanager
+def saved_if_the_server_is_lost(trainer) -> Iterator[None]:
+    """Inside, a lost vLLM server costs nothing: the run can go on from the last optimizer step, whenever it saved."""
+    try:
+        yield
+    except VLLMServerError:
+        saved = checkpoints.last_complete_checkpoint(trainer.args.output_dir) or ""
+        trainer.accelerator.wait_for_everyone()
+        is_new = trainer.state.global_step > 0 and not saved.endswith(f"-{trainer.state.global_step}")
+        if is_new and not trainer.inside_optimizer_step:
+            trainer._save_checkpoint(trainer.model, trial=None)
+        raise

@@ -82,6 +82,7 @@ def make_dataset(num_prompts: int = 16) -> Dataset:
 
 TRAINER_ARGUMENTS = {
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config",
+    "rollout_func", "environment_factory",
 }  # fmt: skip
 
 

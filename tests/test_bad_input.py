@@ -3,6 +3,7 @@
 import pytest
 from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
+from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
 from e3_trl.runs.validation import check_run
@@ -100,7 +101,6 @@ def with_column(name, values):
             {"dynamic_sampling": True},
             "dynamic_sampling is True.*Set it to False",
         ),
-        (None, {"max_steps": 3}, "rollout_allocation is 'rank', but train_dataset is a NoneType"),
         (make_dataset().rename_column("prompt", "question"), {}, r"no column 'prompt'.*\['question', 'threshold'\]"),
         (make_dataset().remove_columns("threshold"), {}, "'vowel_reward' needs a column 'threshold'.*Add or rename"),
         (make_dataset(), {"difficulty_column": "level"}, "difficulty_column is 'level', but the dataset has only"),
@@ -120,11 +120,23 @@ def test_data(tmp_path, dataset, settings, message):
         E3GRPOTrainer(NO_MODEL, vowel_reward, config, dataset)
 
 
+def test_without_data_trls_own_message_stands(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset` is required unless an `environment_factory` is provided"):
+        make_trainer(train_dataset=None)
+
+
+def test_trls_config_is_refused_by_name(tmp_path):
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="args is a GRPOConfig, which has none of E3's settings. Use E3GRPOConfig"):
+        E3GRPOTrainer(NO_MODEL, vowel_reward, config, make_dataset())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, r"has 1 prompt\(s\)"),
         ({"per_device_train_batch_size": 64, "num_generations_min": 8}, "num_generations_min is 8"),
+        ({"per_device_train_batch_size": 64, "num_generations_max": 8}, "num_generations_max 8"),
     ],
 )
 def test_budgets_that_cannot_differ_are_noticed(tmp_path, settings, message):

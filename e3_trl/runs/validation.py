@@ -78,7 +78,7 @@ def check_run(
             f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: prompts without an "
             "index cannot be ranked. Load it as a `Dataset` (streaming off), or set rollout_allocation to 'uniform'."
         )
-    if args.rollout_allocation == "rank" and train_dataset is None:
+    if args.rollout_allocation == "rank" and train_dataset is None and not fixed_columns:
         warnings.warn(
             "rollout_allocation is 'rank', but the environment makes the prompts, which have no index and cannot be "
             "ranked: every prompt will get num_generations rollouts. Pass a train_dataset, or set rollout_allocation "

@@ -110,6 +110,8 @@ class E3GRPOTrainer(GRPOTrainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
         **kwargs,
     ):
         if args is None:
@@ -138,9 +140,11 @@ class E3GRPOTrainer(GRPOTrainer):
         self._evaluation: Evaluation | None = None
         self._logps: torch.Tensor | None = None
         checks = EngineCheckCallback(self, [train_dataset, *eval_list])
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), checks, PassCallback(self)]
+        data = train_dataset, eval_dataset, processing_class, reward_processing_classes
         with server_errors_named(args, model):
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+            super().__init__(
+                model, reward_funcs, args, *data, [*(callbacks or []), checks, PassCallback(self)], **kwargs
+            )
         self.difficulty_reward_index = difficulty_reward_index(args, self.reward_func_names)
         if self.use_vllm:
             RolloutGeneration.adopt(self.vllm_generation, args.vllm_request_seeds)

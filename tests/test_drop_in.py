@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import trl
-from conftest import length_reward, logged, make_dataset, vowel_reward
+from conftest import logged, make_dataset, vowel_reward
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config

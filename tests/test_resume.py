@@ -253,16 +253,16 @@ def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
     new = make_trainer(max_steps=4, **settings)
     new.train()
     assert steps_of(folder) == [2, 4]
-    assert steps_of(folder / "earlier" / "1") == [6, 8]
-    assert (folder / "earlier" / "1" / "rollouts.jsonl").read_text() == rollouts
-    assert (folder / "earlier" / "1" / "trainer_state.json").exists()
+    assert steps_of(folder / "_earlier" / "1") == [6, 8]
+    assert (folder / "_earlier" / "1" / "rollouts.jsonl").read_text() == rollouts
+    assert (folder / "_earlier" / "1" / "trainer_state.json").exists()
     assert read_log(folder) == new.state.log_history[:4]
     resumed = make_trainer(max_steps=6, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[:4] == new.state.log_history[:4]
     assert run_id(folder) == run_id(folder / "checkpoint-6") == new.run_id != old.run_id
     make_trainer(max_steps=1).train()
-    assert steps_of(folder / "earlier" / "2") == [4, 6]
+    assert steps_of(folder / "_earlier" / "2") == [4, 6]
 
 
 def test_a_new_run_without_a_checkpoint_cannot_be_mistaken_for_the_old(make_trainer):
@@ -280,7 +280,7 @@ def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     resumed = make_trainer(max_steps=5, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert steps_of(folder) == [2, 4]
-    assert steps_of(folder / "earlier" / "1") == [6, 8]
+    assert steps_of(folder / "_earlier" / "1") == [6, 8]
     assert {row["step"] for row in rows(resumed)} == {1, 2, 3, 4, 5}
 
 
@@ -290,13 +290,13 @@ def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
     folder = Path(old.args.output_dir)
     new = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
     new.train()
-    shutil.copytree(folder / "earlier" / "1" / "checkpoint-4", folder / "checkpoint-4")
+    shutil.copytree(folder / "_earlier" / "1" / "checkpoint-4", folder / "checkpoint-4")
     resumed = make_trainer(max_steps=3)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[:2] == new.state.log_history[:2]
     # Named, it is that run that goes on; what the folder had is moved aside.
     resumed = make_trainer(max_steps=5)
-    resumed.train(resume_from_checkpoint=str(folder / "earlier" / "1" / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(folder / "_earlier" / "1" / "checkpoint-4"))
     assert resumed.run_id == old.run_id
     assert {row["step"] for row in rows(resumed)} == {5}
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_trainer, logged, make_dataset, save_tiny_model
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
+from e3_trl.rollouts import vllm as e3_vllm
 
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
+SamplingParams = pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it").SamplingParams
 
 VLLM = {
     "use_vllm": True,
@@ -121,25 +123,139 @@ def test_copies_of_a_prompt_differ(make_trainer, request_seeds):
     assert max(rows.values()) == 1
 
 
-def test_every_evaluation_batch_has_seeds_of_its_own(make_trainer):
+@pytest.fixture
+def call_seeds(monkeypatch) -> list[int]:
+    """The seed of each engine call."""
+    seeds, seeded_engine = [], e3_vllm.seeded_engine
+
+    def spy(seed, device):
+        seeds.append(seed)
+        return seeded_engine(seed, device)
+
+    monkeypatch.setattr(e3_vllm, "seeded_engine", spy)
+    return seeds
+
+
+EVALUATION = {
+    "eval_dataset": make_dataset(12),
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 8,
+    "num_generations_eval": 2,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+@pytest.mark.parametrize("request_seeds", [False, True])
+def test_an_evaluation_is_one_engine_call_and_every_call_has_seeds_of_its_own(
+    make_trainer, call_seeds, request_seeds, stream
+):
+    """With a stream every batch after the first evaluation had one same seed, or was an IndexError."""
+    settings = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_allocation": "uniform"}
     trainer = make_trainer(
-        **VLLM,
-        vllm_request_seeds=True,
-        eval_dataset=make_dataset(12),
-        eval_strategy="steps",
-        eval_steps=1,
-        per_device_eval_batch_size=8,
-        num_generations_eval=2,
-        max_steps=2,
+        **VLLM, **EVALUATION, **settings if stream else {}, vllm_request_seeds=request_seeds, max_steps=3
     )
     calls = record_requests(trainer)
+    syncs, sync_weights = [], trainer.vllm_generation.sync_weights
+    trainer.vllm_generation.sync_weights = lambda: (syncs.append(trainer.state.global_step), sync_weights())
     trainer.train()
-    # Each step, four prompts are trained on and three batches of four evaluated on.
-    assert [len(call) for call in calls] == [4] * 8
-    evaluations = [calls[1:4], calls[5:8]]
-    assert all(n == 2 for batches in evaluations for call in batches for _, n, _, _ in call)
-    seeds = [seed for call in calls for *_, seed in call]
-    assert len(set(seeds)) == len(seeds)
+    # Each step, four prompts are trained on, and the three batches of four are evaluated together.
+    assert [len(call) for call in calls] == [4, 12] * 3
+    assert all(n == 2 for call in calls[1::2] for _, n, _, _ in call)
+    assert [temperature for call in calls[1::2] for _, _, temperature, _ in call] == [1.0] * 36
+    seeds = [seed for call in calls for *_, seed in call] if request_seeds else call_seeds
+    assert len(set(seeds)) == len(seeds) == (48 if request_seeds else 6)
+    assert len(logged(trainer, "eval_pass@2")) == 3
+    assert syncs == [0, 1, 2, 3]
+    assert trainer.vllm_generation._seeds is None, "no seed outlives its round"
+
+
+def test_an_evaluation_in_one_call_scores_each_prompt_with_its_own_completions(make_trainer, float32_engine):
+    """Another prompt's completion would have another probability."""
+    trainer = make_trainer(**VLLM, **EVALUATION | {"eval_strategy": "no"})
+    metrics = trainer.evaluate()
+    assert metrics["eval_sampling/sampling_logp_difference/max"] < 1e-3
+    assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("request_seeds", [False, True])
+def test_two_calls_of_a_rollout_function_draw_different_completions(make_trainer, request_seeds):
+    """The seeds of the first call stayed for the second: 16 of 16 completions were the same."""
+    drawn = []
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        first, second = (trainer.vllm_generation.generate(ids, None, 1) for _ in range(2))
+        drawn.append((first[1], second[1]))
+        return {
+            "prompt_ids": ids,
+            "completion_ids": second[1],
+            "logprobs": [[token[0] for token in row] for row in second[2]],
+        }
+
+    trainer = make_trainer(**VLLM, rollout_func=rollout, vllm_request_seeds=request_seeds, max_steps=2)
+    trainer.train()
+    assert sum(a == b for first, second in drawn for a, b in zip(first, second, strict=True)) < 4
+    assert drawn[0][0] != drawn[1][0]
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_what_a_rollout_function_asks_the_engine_for_is_left_as_it_is(make_trainer):
+    """Requests for several completions were turned into requests for one."""
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        asked = [{"prompt_token_ids": row} for row in ids[::4]]
+        params = SamplingParams(n=4, max_tokens=4, logprobs=0)
+        outputs = trainer.vllm_generation.llm.generate(asked, params, use_tqdm=False)
+        completions = [one for output in outputs for one in output.outputs]
+        assert [len(output.outputs) for output in outputs] == [4] * 4
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [list(one.token_ids) for one in completions],
+            "logprobs": [[0.0] * len(one.token_ids) for one in completions],
+        }
+
+    trainer = make_trainer(**VLLM, rollout_func=rollout, rollout_allocation="uniform", max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+SEVERAL_STEPS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+
+
+def test_the_health_of_the_engine_is_logged_without_the_correction_too(make_trainer, float32_engine):
+    """From the loss's own log-probs; with the correction TRL makes a forward pass for it."""
+    means = []
+    for correction in (True, False):
+        trainer = make_trainer(
+            **VLLM,
+            vllm_importance_sampling_correction=correction,
+            learning_rate=0.0,
+            max_steps=3,
+            output_dir=str(correction),
+        )
+        trainer.train()
+        means.append([logged(trainer, f"sampling/sampling_logp_difference/{name}") for name in ("mean", "max")])
+        assert ("sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]) == correction
+    assert np.shape(means) == (2, 2, 3)
+    np.testing.assert_allclose(means[0], means[1], rtol=0.05, atol=1e-7)
+    assert 0 < means[1][0][0] < 1e-5
+
+    # Of weights that the engine does not have: the second step of each generation batch is trained on later ones.
+    trainer = make_trainer(
+        **VLLM, **SEVERAL_STEPS, vllm_importance_sampling_correction=False, learning_rate=0.1, max_steps=4
+    )
+    trainer.train()
+    healthy = ["sampling/sampling_logp_difference/max" in entry for entry in trainer.state.log_history[:4]]
+    assert healthy == [True, False, True, False]
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+
+    trainer = make_trainer(**VLLM, vllm_importance_sampling_correction=False, learning_rate=0.1, max_steps=3)
+    trainer.vllm_generation.sync_weights = lambda: None
+    trainer.train()
+    assert logged(trainer, "sampling/sampling_logp_difference/mean")[2] > 0.05, "stale weights show"
 
 
 @pytest.fixture

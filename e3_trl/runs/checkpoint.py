@@ -8,7 +8,7 @@ The part of a checkpoint that is E3's: JSON and safetensors, never pickle. And w
   generation window
 
 The run's folder has `run.json` with the id of the run whose files lie in it. What is left of another run, or of steps
-that a run goes back behind, moves to `earlier/<number>` when the run begins.
+that a run goes back behind, moves to `_earlier/<number>` when the run begins.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ STATE_FILE = "e3_state.json"
 DIFFICULTY_FILE = "e3_difficulty.safetensors"
 WINDOW_FILE = "e3_generation_window_{process_index}.safetensors"
 RUN_FILE = "run.json"
-EARLIER = "earlier"
+EARLIER = "_earlier"  # transformers pushes no folder whose name begins so
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -89,7 +89,7 @@ def run_id(folder: str | Path) -> str | None:
 def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None, step: int = 0) -> Path | None:
     """
     Make `output_dir` the folder of one run. Checkpoints, rollouts and log of another run, or of later steps than the
-    run goes on from, move to a folder in `earlier/`: nobody would go on from them, draw them or delete them (for
+    run goes on from, move to a folder in `_earlier/`: nobody would go on from them, draw them or delete them (for
     `save_total_limit`) by mistake. Models stay where they are.
 
     Args:

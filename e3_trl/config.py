@@ -54,7 +54,8 @@ class E3GRPOConfig(GRPOConfig):
             its prompt is easy. Difficulty is counted before, and dynamic sampling drops groups before. In the
             authors' code, with 0.001, not in the paper.
         length_bias_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of a batch's prompts, the easiest, that the length bias is for.
+            Part of a batch's prompts, the easiest, that the length bias is for. Prompts that tie for the last places
+            share them.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
             Whether groups whose rewards are all equal are dropped and further prompts sampled in their place, as in
             DAPO (https://huggingface.co/papers/2503.14476). For text without tools.

@@ -24,9 +24,10 @@ from trl.trainer.utils import pad
 from .callbacks import EngineCheckCallback, TemperatureCallback
 from .config import E3GRPOConfig
 from .evaluation.metrics import validation_metrics
-from .method.advantages import aggregate_advantages, length_bias
+from .method.advantages import aggregate_advantages
 from .method.difficulty import DifficultyTracker
 from .method.dynamic_sampling import DynamicSampling
+from .method.length_bias import length_bias
 from .method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
 from .method.temperature import EntropyWindow, TemperatureSchedule
 from .rollouts.sampler import RolloutBudgetSampler

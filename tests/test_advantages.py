@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import logged
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
@@ -110,6 +110,7 @@ def test_prompts_that_tie_share_what_is_left_of_the_fraction():
         assert losses.tolist() == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0.25, 0.5, 0.75, NAN]), min_size=1, max_size=8),
     st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.integers(1, 4000)), max_size=16),

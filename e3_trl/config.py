@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from .method.budget import RolloutBudgetSchedule
 from .method.temperature import TemperatureSchedule
+from .runs.scrub import without_secrets
 
 
 def _installed_version(package: str) -> Version | None:
@@ -273,6 +274,11 @@ class E3GRPOConfig(GRPOConfig):
             )
         if self.use_vllm:
             self._check_vllm()
+
+    def __getstate__(self) -> dict:
+        # transformers pickles its arguments beside the model, and pushes that file with every save (`push_to_hub`).
+        # What is missing has its default after unpickling.
+        return without_secrets(self.__dict__)
 
     def _check_vllm(self) -> None:
         if self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size != 0:

@@ -3,6 +3,7 @@ How long 512 completions take: `math_accuracy_reward` against TRL's serial `accu
 
 Both check the same completions in turn: 64 prompts with 8 completions each, new ones in every round, so that neither
 knows an answer from the round before. A completion is some paragraphs of reasoning with formulas, then its answer.
+Last, the pool's time per completion where each has a gold answer of its own, which should not grow with their number.
 """
 
 import random
@@ -15,6 +16,7 @@ from e3_trl.rewards.worker_pool import WorkerPool
 
 
 PROMPTS, COMPLETIONS, ROUNDS = 64, 8, 15
+DISTINCT = (500, 4000)  # gold answers
 
 
 def answer(rng: random.Random) -> str:
@@ -73,4 +75,12 @@ if __name__ == "__main__":
     print(f"math_accuracy_reward             {spread(times['pool'])} s")
     print(f"times faster                     {spread(ratios)}")
     print(f"first call, starting the workers {started:6.2f} s")
+    per_completion: dict[int, list[float]] = {number: [] for number in DISTINCT}
+    for round_ in range(5):
+        for number in DISTINCT:
+            golds = [f"${round_}.{number}{gold}$" for gold in range(number)]
+            time_pool, _ = seconds(pooled, [r"\boxed{1}"] * number, golds)
+            per_completion[number].append(1000 * time_pool / number)
+    for number, times_ms in per_completion.items():
+        print(f"per completion, {number:5} golds      {spread(times_ms)} ms")
     pool.close()

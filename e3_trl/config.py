@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from .method.budget import RolloutBudgetSchedule
 from .method.temperature import TemperatureSchedule
+from .runs.scrub import without_secrets
 
 
 def _installed_version(package: str) -> Version | None:
@@ -57,7 +58,8 @@ class E3GRPOConfig(GRPOConfig):
             its prompt is easy. Difficulty is counted before, and dynamic sampling drops groups before. In the
             authors' code, with 0.001, not in the paper.
         length_bias_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of a batch's prompts, the easiest, that the length bias is for.
+            Part of a batch's prompts, the easiest, that the length bias is for. Prompts that tie for the last places
+            share them.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
             Whether groups whose rewards are all equal are dropped and further prompts sampled in their place, as in
             DAPO (https://huggingface.co/papers/2503.14476). For text without tools.
@@ -285,6 +287,11 @@ class E3GRPOConfig(GRPOConfig):
             )
         if self.use_vllm:
             self._check_vllm()
+
+    def __getstate__(self) -> dict:
+        # transformers pickles its arguments beside the model, and pushes that file with every save (`push_to_hub`).
+        # What is missing has its default after unpickling.
+        return without_secrets(self.__dict__)
 
     def _check_vllm(self) -> None:
         if self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size != 0:

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from conftest import logged
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
-from e3_trl.method.advantages import aggregate_advantages, length_bias
+from e3_trl.method.advantages import aggregate_advantages
+from e3_trl.method.length_bias import length_bias
 
 
 NAN = float("nan")
@@ -95,6 +96,41 @@ def test_length_bias_takes_from_correct_completions_of_the_easiest_prompts_alone
     everything = length_bias(correct, lengths, groups, difficulty, 0.001, 1.0)
     assert everything[4:6].tolist() == [0, 0], "a prompt that was never sampled is not known to be easy"
     assert not length_bias(correct, lengths, groups, difficulty, 0.001, 0.0).any()
+
+
+def test_prompts_that_tie_share_what_is_left_of_the_fraction():
+    """Ties went to the prompt that stands first in the dataset."""
+    difficulty = torch.tensor([0.4, 0.1, 0.4, 0.4, 0.9, NAN, NAN, NAN])
+    groups, correct, lengths = torch.arange(8), torch.ones(8, dtype=torch.bool), torch.full((8,), 1000)
+    # One of 8 prompts is easier than the three that tie; a prompt of weight 1 loses 1/2.
+    for quota, weight in {0: 0, 1: 0, 2: 1 / 3, 3: 2 / 3, 4: 1, 8: 1}.items():
+        losses = length_bias(correct, lengths, groups, difficulty, 0.001, quota / 8)
+        hardest = float(quota > 4) / 2
+        expected = [weight / 2, float(quota > 0) / 2, weight / 2, weight / 2, hardest, 0, 0, 0]
+        assert losses.tolist() == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.25, 0.5, 0.75, NAN]), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.integers(1, 4000)), max_size=16),
+    st.floats(0, 1),
+    st.randoms(),
+)
+def test_length_bias_depends_neither_on_the_order_of_rows_nor_on_ids(prompts, rows, fraction, random):
+    # Each prompt has a correct completion, and some have more.
+    rows = [(prompt, True, 1000) for prompt in range(len(prompts))] + [row for row in rows if row[0] < len(prompts)]
+    groups, correct, lengths = (torch.tensor(column) for column in zip(*rows, strict=True))
+    difficulty = torch.tensor(prompts)[groups]
+    losses = length_bias(correct, lengths, groups, difficulty, 0.001, fraction)
+    order = torch.tensor(random.sample(range(len(rows)), len(rows)))
+    labels = torch.tensor(random.sample(range(100), len(prompts)))[groups]
+    permuted = length_bias(correct[order], lengths[order], labels[order], difficulty[order], 0.001, fraction)
+    assert torch.equal(permuted, losses[order])
+    # In all, the fraction is spent on prompts whose difficulty is known, wherever ties fall.
+    known = sum(value == value for value in prompts)
+    quota = min(round(fraction * len(prompts)), known)
+    assert losses[: len(prompts)].sum().item() == pytest.approx(quota / 2)
 
 
 def test_length_bias_reaches_the_advantages_but_not_difficulty(make_trainer):

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub.hf_api
 import pytest
+import torch
 import yaml
 from conftest import make_dataset
 from hub_server import READ, WRITE, Hub
@@ -16,12 +18,15 @@ from trl import ModelConfig
 
 from e3_trl import E3GRPOConfig
 from e3_trl.runs.publishing import HubError, complete_model_card, publish
+from e3_trl.runs.scrub import without_secrets
 from recipes.prepare_data import push as push_dataset
 from recipes.train import E3ScriptArguments, main
 
 
 ROOT = Path(__file__).parent.parent
 REPO = "me/run"
+SECRET = "not-for-others"
+HF_TOKEN = "hf_" + "aB3" * 11
 
 
 @pytest.fixture
@@ -57,6 +62,7 @@ def run(hub, tmp_path, token, *command):
 def train(hub, tmp_path, token, model_path):
     make_dataset().to_json(tmp_path / "train.jsonl")
     fields = {
+        "model_init_kwargs": {"token": SECRET},
         "model_name_or_path": model_path,
         "dataset_name": str(tmp_path / "train.jsonl"),
         "reward_funcs": ["tests.conftest.vowel_reward"],
@@ -104,7 +110,9 @@ def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
     settings = json.loads(files["training_args.json"])
     assert settings["temperature_schedule"] == "entropy"
     assert settings["max_steps"] == 4
-    assert WRITE.encode() not in b"".join(files.values())
+    # Saves are pushed by transformers, with its pickle of the arguments.
+    for secret in (WRITE, SECRET):
+        assert secret.encode() not in b"".join(files.values())
     assert json.loads(files["report.json"])["step"] == 4
     # transformers also pushes at every save, without the figures; the last push is ours.
     assert [message for _, message, _ in hub.commits][-1] == "End of training"
@@ -128,6 +136,66 @@ def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
     )
     done = run(hub, tmp_path, None, "-c", load)
     assert done.stdout.strip() == "3", done.stderr
+
+
+def test_no_pushed_file_holds_a_secret(hub, here, make_trainer, tmp_path):
+    """Only the names of arguments that end in `_token` were left out, and the pickle of the arguments was pushed."""
+    trainer = make_trainer(
+        max_steps=1,
+        hub_token=SECRET,
+        model_init_kwargs={"token": SECRET, "proxies": {"https": f"http://me:{SECRET}@proxy:80"}},
+        chat_template_kwargs={"notes": [HF_TOKEN], "max_tokens": 64},
+        difficulty_reward_func="vowel_reward",
+        vllm_server_base_url=f"https://me:{SECRET}@server",
+        run_name=f"https://host/?token={SECRET}",
+    )
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    trainer.create_model_card("run")
+    folder = tmp_path / "run"
+    with open(folder / "README.md", "a") as card:
+        card.write(f"The data were https://me:{SECRET}@host/{HF_TOKEN}.\n")
+    pickled = (folder / "training_args.bin").read_bytes()
+    # As a run of before would have written them, or somebody's script.
+    for name, place in (("training_args.json", "model_init_kwargs"), ("report.json", "settings")):
+        content = json.loads((folder / name).read_text())
+        assert SECRET not in str(content)
+        content[place] |= {"token": SECRET, "note": HF_TOKEN}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "earlier").mkdir()
+    (folder / "earlier" / "training_args.json").write_text(SECRET)
+
+    publish(folder, REPO, WRITE)
+    files = hub.repos[REPO]
+    for secret in (SECRET, HF_TOKEN):
+        assert [path for path, content in files.items() if secret.encode() in content] == []
+        assert secret.encode() not in pickled
+    assert "training_args.bin" not in files
+    assert not any(path.startswith("earlier") for path in files)
+    settings = json.loads(files["training_args.json"])
+    assert settings["model_init_kwargs"]["proxies"] == {"https": "http://[removed]@proxy:80"}
+    assert settings["chat_template_kwargs"] == {"notes": ["[removed]"], "max_tokens": 64}
+    assert "The data were https://[removed]@host/[removed]." in files["README.md"].decode()
+    args = torch.load(folder / "training_args.bin", weights_only=False)
+    assert args.hub_token is None
+    assert (args.difficulty_reward_func, args.save_strategy) == ("vowel_reward", trainer.args.save_strategy)
+
+
+def test_what_names_a_secret_and_what_does_not():
+    secrets = [
+        "token", "hf_token", "HF_TOKEN", "use_auth_token", "accessToken", "auth", "api_key", "apiKey", "X-Api-Key",
+        "password", "db_password", "secret", "client_secret", "aws_secret_access_key", "Authorization", "credentials",
+    ]  # fmt: skip
+    harmless = [
+        "max_tokens", "pad_token_id", "eos_token_ids", "tokenizer", "num_tokens", "key", "monkey", "secretary",
+        "author_name", "passwordless", "add_special_tokens",
+    ]  # fmt: skip
+    harmless += [field.name for field in fields(E3GRPOConfig) if field.name != "hub_token"]
+    deep = {"a": [{"b": (dict.fromkeys(secrets + harmless, "x"),)}]}
+    assert without_secrets(deep) == {"a": [{"b": (dict.fromkeys(harmless, "x"),)}]}
+    for text in ("outputs/hf_run", "ssh", "a@b.org", "https://host/path@2?page=3", "hf_", "see https://host, a@b.org"):
+        assert without_secrets(text) == text
 
 
 def test_no_token_is_noticed_before_anything_is_read(here):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from trl.rewards import accuracy_reward, reasoning_accuracy_reward
 from e3_trl import math_accuracy_reward, math_reasoning_accuracy_reward
 from e3_trl.rewards import accuracy as rewards
 from e3_trl.rewards import load_reward_func, worker_pool
-from e3_trl.rewards.worker_pool import WorkerPool
+from e3_trl.rewards.worker_pool import WorkerPool, _Waiting
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,9 +90,10 @@ HOSTILE = {
 }
 
 # A worker in which every text that is parsed is written to the file `PARSED`. "crash" in it is a segmentation fault;
-# "killed" is a SIGKILL when it is parsed first, as if from someone else.
+# "killed" is a SIGKILL when it is parsed first, as if from someone else; "stall" is a pause when it is parsed first by
+# as many workers as the word after it says; "wait" is one until there is a file of its name.
 SPY = f"""
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 import math_verify
 
 parse = math_verify.parse
@@ -102,6 +104,14 @@ def spy(text, *args, **kwargs):
     if "killed" in text and not os.path.exists(mark := os.environ["PARSED"] + text):
         open(mark, "x").close()
         os.kill(os.getpid(), signal.SIGKILL)
+    if "stall" in text:
+        with open(os.environ["PARSED"] + text, "a+") as stalls:
+            stalls.write("x")
+            stalls.flush()
+            while os.path.getsize(stalls.name) <= int(text.split()[1]):
+                signal.pause()
+    while "wait" in text and not os.path.exists(os.environ["PARSED"] + text):
+        time.sleep(0.01)
     with open(os.environ["PARSED"], "a") as file:
         file.write(text + "\\n")
     return parse(text, *args, **kwargs)
@@ -109,6 +119,28 @@ def spy(text, *args, **kwargs):
 math_verify.parse = spy
 runpy.run_path({str(worker_pool.WORKER)!r}, run_name="__main__")
 """
+
+
+# A worker that answers without parsing anything.
+QUICK = """
+import json, sys
+from multiprocessing.connection import Connection
+
+connection = Connection(int(sys.argv[1]))
+connection.send_bytes(b'{"ready": true}')
+while True:
+    if json.loads(connection.recv_bytes())["new"]:
+        connection.send_bytes(b'{"gold": true}')
+    connection.send_bytes(b'{"reward": 1.0, "retire": false}')
+"""
+
+
+@dataclass(eq=False)
+class Known:
+    """What counts in a worker when completions are given out."""
+
+    golds: set[str]
+    gold: str
 
 
 @pytest.fixture
@@ -214,7 +246,7 @@ def test_an_answer_that_kills_its_worker_gets_0(make_pool, spy):
     pool = make_pool()
     verdicts = pool.check([r"\boxed{1}", "crash", r"\boxed{1}", "a"], ["1", "1", "1", "crash"])
     assert scores(verdicts) == [1.0, 0.0, 1.0, None]
-    assert [verdict.checked for verdict in verdicts] == [True, False, True, True]
+    assert [verdict.checked for verdict in verdicts] == [True, False, True, False]
 
 
 def test_a_worker_killed_by_someone_else_changes_no_verdict(make_pool, spy):
@@ -245,28 +277,68 @@ def test_a_worker_parses_a_gold_answer_once(make_pool, spy, size):
     assert {spy(f"${gold}$") for gold in range(20)} <= set(range(1, size + 1))
 
 
-def test_the_worker_that_knows_a_gold_answer_gets_its_completions(make_pool):
-    pool = make_pool()
-    pool.check(["", ""], ["1", "2"])
-    one, other = pool._workers
-    one.golds, other.golds = {"1", "2"}, {"3"}
-    one.gold, other.gold = "2", "3"
-    waiting = {"1": [0], "3": [1, 2, 3], "4": [4], "5": [5, 6]}
-    assert pool._choose(one, waiting) == "1"  # known
-    assert pool._choose(other, waiting) == "3"  # the one before
-    del waiting["1"]
-    assert pool._choose(one, waiting) == "5"  # known to nobody, most completions
-    assert pool._choose(one, {"3": [1]}) == "3"  # helps out
+def test_the_worker_that_knows_a_gold_answer_gets_its_completions():
+    one, other = Known({"1", "2"}, "2"), Known({"3"}, "3")
+    waiting = _Waiting({"1": [0], "3": [1, 2, 3], "4": [4], "5": [6, 5]}, [one, other])
+    assert waiting.take(other) == (3, "3")  # the one before
+    assert waiting.take(one) == (0, "1")  # known
+    assert waiting.take(one) == (5, "5")  # known to nobody, most completions
+    waiting = _Waiting({"3": [1], "": [2, 3]}, [one, Known({"3", ""}, "3")])
+    assert waiting.take(one) == (3, "")  # helps out where there is most to do
+    assert waiting.take(one) == (2, "")
+    assert waiting.take(one) == (1, "3")
+    assert not waiting.indices
+    waiting.put_back(1, "3")
+    assert waiting.take(one) == (1, "3")
 
 
-def test_a_gold_answer_that_cannot_be_parsed_costs_its_time_once(make_pool, spy, caplog):
+def test_the_next_completion_is_found_without_looking_at_every_gold_answer(make_pool, monkeypatch, tmp_path):
+    """All gold answers that waited were looked at for each completion: 16,000 took 110 s."""
+    (tmp_path / "quick.py").write_text(QUICK)
+    monkeypatch.setattr(worker_pool, "WORKER", tmp_path / "quick.py")
+    lookups = 0
+
+    class Gold(str):
+        def __hash__(self):
+            nonlocal lookups
+            lookups += 1
+            return super().__hash__()
+
+    per_completion = {}
+    for number in (100, 800):
+        lookups = 0
+        golds = [Gold(f"{number}, {index}") for index in range(number)]
+        assert scores(make_pool().check(["a"] * number, golds)) == [1.0] * number
+        per_completion[number] = lookups / number
+    assert per_completion[800] < 1.5 * per_completion[100]
+
+
+def test_a_gold_answer_that_cannot_be_parsed_costs_its_time_in_one_call_and_shows_in_all(
+    make_pool, spy, caplog, monkeypatch
+):
     pool = make_pool(timeout=1, size=1)
+    monkeypatch.setattr(rewards, "_POOL", pool)
     gold = HOSTILE["symbols"]
-    assert scores(pool.check([r"\boxed{7}"] * 3, ["", gold, gold])) == [None, None, None]
+    for _ in range(2):
+        metrics = {}
+        golds = ["", gold, gold, "$7$"]
+        assert math_accuracy_reward([r"\boxed{7}"] * 4, golds, log_metric=metrics.__setitem__) == [None, None, None, 1]
+        # That the first one has no answer in it was found out.
+        assert metrics == {"rewards/math_accuracy_reward/unchecked": 0.5}
     assert r"\\pi" in caplog.text
-    assert scores(pool.check([r"\boxed{7}"] * 3, ["", gold, gold])) == [None, None, None]
-    assert spy(gold) == 1
+    assert spy(gold) == 2
     assert spy("") == 1
+
+
+def test_a_gold_answer_survives_a_stall(make_pool, spy):
+    """One stall of the disk or of the machine took a problem out of the run for good."""
+    pool = make_pool(timeout=2)
+    while not (len(pool._workers) == 2 and all(worker.ready for worker in pool._workers)):
+        pool.check(["", ""], ["1", "1"])
+    # Both workers stall on it at once, which is still one stall.
+    verdicts = pool.check([r"\boxed{7}", r"\boxed{8}", r"\boxed{7}"], ["stall 2 $7$"] * 3)
+    assert scores(verdicts) == [1.0, 0.0, 1.0]
+    assert all(verdict.checked for verdict in verdicts)
 
 
 def test_any_thread_and_several_at_once(make_pool):
@@ -307,6 +379,44 @@ def test_workers_that_do_not_start_are_an_error(make_pool, monkeypatch, tmp_path
         with pytest.raises(RuntimeError, match="code 3"):
             pool.check(["", ""], ["1", "1"])
     assert scores(pool.check([r"\boxed{1}"], ["1"])) == [1.0]
+
+
+def test_slow_starts_do_not_end_a_run_while_a_worker_works(make_pool, spy, monkeypatch, tmp_path, caplog):
+    pool = make_pool(timeout=60)
+    pool.check([""], ["1"])  # starts one
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(worker_pool, "WORKER", tmp_path / "slow.py")
+    monkeypatch.setattr(worker_pool, "START_SECONDS", 0.1)
+    kill, started = worker_pool._Worker.kill, []
+
+    def count(worker):
+        kill(worker)
+        started.append(worker)
+        if len(started) == 3:
+            # Until now the one that works is at its first answer.
+            Path(os.environ["PARSED"] + r"\boxed{1} wait").touch()
+
+    monkeypatch.setattr(worker_pool._Worker, "kill", count)
+    assert scores(pool.check([r"\boxed{1} wait", r"\boxed{1}"], ["1", "1"])) == [1.0, 1.0]
+    assert len(started) == 3, "no more were started in this call"
+    assert "The 1 others go on" in caplog.text
+    # When the one that works is killed, nobody is left.
+    with pytest.raises(RuntimeError, match="processes that check answers"):
+        pool.check(["crash", "crash"], ["1", "1"])
+
+
+def test_a_machine_without_process_ids_does_not_end_a_run_while_a_worker_works(make_pool, monkeypatch, caplog):
+    def refuse(timeout):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    pool = make_pool()
+    pool.check([""], ["1"])  # starts one
+    monkeypatch.setattr(worker_pool, "_Worker", refuse)
+    assert scores(pool.check([r"\boxed{1}"] * 2, ["1", "1"])) == [1.0, 1.0]
+    assert "Resource temporarily unavailable" in caplog.text
+    pool.close()
+    with pytest.raises(RuntimeError, match="Resource temporarily unavailable"):
+        pool.check([r"\boxed{1}"] * 2, ["1", "1"])
 
 
 # Loads the pool without e3_trl's other imports, which take seconds.

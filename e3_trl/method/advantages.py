@@ -1,6 +1,5 @@
 """Group-relative advantages (Eq. 2 of E3) for groups of any size."""
 
-import numpy as np
 import torch
 from trl.trainer.utils import nanstd
 
@@ -33,54 +32,6 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, scale_rewar
     """
     advantages, _ = _advantages_and_std(rewards, group_ids, scale_rewards)
     return torch.nan_to_num(advantages, nan=0.0)
-
-
-def length_bias(
-    correct: torch.Tensor,
-    lengths: torch.Tensor,
-    group_ids: torch.Tensor,
-    difficulty: torch.Tensor,
-    coef: float,
-    fraction: float,
-) -> torch.Tensor:
-    r"""
-    What a correct completion of an easy prompt loses for its length \( l \): \( \mu l / (1 + \mu l) \).
-
-    In the code that E3's authors released, not in the paper. Differs from it: the easiest prompts are those of the
-    batch, since the thousands of a dataset that are always solved share one rank.
-
-    Args:
-        correct (`torch.Tensor` of shape `(N,)`, bool):
-            Whether each completion is correct.
-        lengths (`torch.Tensor` of shape `(N,)`):
-            Tokens of each completion.
-        group_ids (`torch.Tensor` of shape `(N,)`):
-            Integer id of each completion's prompt.
-        difficulty (`torch.Tensor` of shape `(N,)`):
-            Difficulty of each completion's prompt in (0, 1], 1 = hardest, NaN = never sampled: not easy.
-        coef (`float`):
-            \( \mu \), per token.
-        fraction (`float`):
-            Part of the batch's prompts that counts as easy, rounded to whole prompts.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: the loss of each completion in [0, 1).
-
-    Example:
-
-    ```python
-    >>> lengths, groups, difficulty = torch.tensor([1000, 3000]), torch.tensor([4, 9]), torch.tensor([0.1, 0.7])
-    >>> length_bias(torch.tensor([True, True]), lengths, groups, difficulty, coef=0.001, fraction=0.5)
-    tensor([0.5000, 0.0000])
-
-    ```
-    """
-    _, first_rows = np.unique(group_ids.cpu().numpy(), return_index=True)
-    by_difficulty = first_rows[np.argsort(difficulty.cpu().numpy()[first_rows], kind="stable")]
-    easiest = by_difficulty[: round(fraction * len(first_rows))]
-    is_easy = torch.isin(group_ids, group_ids[torch.as_tensor(easiest, device=group_ids.device)])
-    scaled = coef * lengths
-    return torch.where(correct & is_easy & ~torch.isnan(difficulty), scaled / (1 + scaled), 0.0)
 
 
 def aggregate_advantages(

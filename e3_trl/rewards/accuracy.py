@@ -27,10 +27,10 @@ def math_accuracy_reward(
     The answer is the last `\boxed{}` wherever it stands, or else the LaTeX that follows words such as "the answer is".
     The verdicts are those of TRL's [`~trl.rewards.accuracy_reward`], for plain prompts as well as conversational ones.
     They come from worker processes ([`~e3_trl.rewards.worker_pool.WorkerPool`]), so that no completion can stop the
-    run: one that takes more than 5 seconds or 1 GiB of memory, or that kills its worker, gets 0. The fraction of those
-    whose check was cut short is logged as `rewards/math_accuracy_reward/unchecked`. A gold answer is parsed once per
-    run by the worker that checks its completions (and by a worker that helps it out, or replaces it); if that takes
-    more than 5 seconds, the reward is `None`.
+    run: one that takes more than 5 seconds or 1 GiB of memory, or that kills its worker, gets 0. A gold answer is
+    parsed once per run by the worker that checks its completions (and by a worker that helps it out, or replaces it);
+    if that takes more than 5 seconds twice, the reward is `None` for the rest of the run. The fraction of completions
+    whose check was cut short, or their gold answer's, is logged as `rewards/math_accuracy_reward/unchecked`.
 
     Args:
         completions (`list[list[dict[str, str]]]` or `list[str]`): completions, one message or one text each.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from heapq import heappop, heappush, heapreplace
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +24,11 @@ MAX_FAILED_STARTS = 3
 class Verdict(NamedTuple):
     """
     Args:
-        reward (`float` or `None`): 1 if the answer is right, 0 if not, `None` if the gold answer cannot be parsed.
+        reward (`float` or `None`): 1 if the answer is right, 0 if not, `None` if the gold answer cannot be read.
         gold_parsed (`str`): what was read from the gold answer.
         answer_parsed (`str`): what was read from the completion.
-        checked (`bool`): `False` if time or memory did not suffice, or the worker died: the reward is then 0.
+        checked (`bool`): `False` if time or memory did not suffice, or the worker died: the reward is then 0, and
+            `None` if that was the gold answer's doing.
     """
 
     reward: float | None
@@ -57,6 +59,7 @@ class _Worker:
         self.ready = False
         self.index: int | None = None
         self.gold: str | None = None  # of the completion that it checks, or has checked last
+        self.last_try = False  # whether that gold answer has failed in a worker before
         self.deadline = time.monotonic() + START_SECONDS
 
     def start(self, index: int, completion: str, gold: str, describe: bool) -> None:
@@ -70,6 +73,81 @@ class _Worker:
         self.connection.close()
 
 
+class _Waiting:
+    """
+    The completions that no worker has, by gold answer, and which of them a worker takes next.
+
+    That is found without looking at all gold answers: for each kind of choice there is a heap of (minus number of
+    completions, gold answer), and an entry that is out of date is corrected or dropped when it comes to the top.
+
+    Args:
+        indices (`dict[str, list[int]]`): the completions of each gold answer, the first to be checked last.
+        workers (`list[_Worker]`): those that the pool has, at any time.
+    """
+
+    def __init__(self, indices: dict[str, list[int]], workers: list[_Worker]):
+        self.indices = indices
+        self._workers = workers
+        self._of_worker: dict[_Worker, list[tuple[int, str]]] = {}
+        self._of_nobody: list[tuple[int, str]] = []
+        self._of_anyone: list[tuple[int, str]] = []
+        for gold in indices:
+            self._offer(gold)
+
+    def choose(self, worker: _Worker) -> str:
+        """The gold answer whose completions this worker takes next: one it knows, else one that none knows."""
+        if worker.gold in self.indices:
+            return worker.gold
+        gold = self._most(self._of_worker.get(worker, []))
+        if gold is None:
+            gold = self._most(self._of_nobody, unless=self._is_known)
+        return self._most(self._of_anyone) if gold is None else gold
+
+    def take(self, worker: _Worker) -> tuple[int, str]:
+        """The completion that this worker checks next, and its gold answer. It does not wait any longer."""
+        gold = self.choose(worker)
+        index = self.indices[gold].pop()
+        if not self.indices[gold]:
+            del self.indices[gold]
+        return index, gold
+
+    def put_back(self, index: int, gold: str) -> None:
+        self.indices.setdefault(gold, []).append(index)
+        self._offer(gold)
+
+    def forget(self, worker: _Worker) -> None:
+        """A worker has ended, and with it what it knew."""
+        self._of_worker.pop(worker, None)
+        for gold in worker.golds | {worker.gold}:
+            if gold in self.indices:
+                self._offer(gold)
+
+    def _offer(self, gold: str) -> None:
+        entry = (-len(self.indices[gold]), gold)
+        heappush(self._of_anyone, entry)
+        if not self._is_known(gold):
+            heappush(self._of_nobody, entry)
+        for worker in self._workers:
+            if gold in worker.golds:
+                heappush(self._of_worker.setdefault(worker, []), entry)
+
+    def _is_known(self, gold: str) -> bool:
+        return any(gold == worker.gold or gold in worker.golds for worker in self._workers)
+
+    def _most(self, heap: list[tuple[int, str]], unless=lambda gold: False) -> str | None:
+        """The gold answer of a heap with most completions."""
+        while heap:
+            size, gold = heap[0]
+            now = -len(self.indices.get(gold, []))
+            if now == 0 or unless(gold):
+                heappop(heap)
+            elif now != size:
+                heapreplace(heap, (now, gold))
+            else:
+                return gold
+        return None
+
+
 class WorkerPool:
     """
     Checks answers with math-verify in processes that are killed and replaced when they take too long or die.
@@ -78,6 +156,9 @@ class WorkerPool:
     same gold answer go to the worker that knows it, unless another one would be idle. Workers start at the first call
     and stay. They import math-verify only, and end with this process, however it ends. A process forked from this one
     starts its own. Needs Linux or macOS.
+
+    A gold answer whose parse took too long or ended its worker is tried once more; if it fails again, it counts as not
+    checked in this and all later calls.
 
     Args:
         timeout (`float`, *optional*, defaults to 5.0): seconds for a completion, and for a gold answer, before its
@@ -95,8 +176,8 @@ class WorkerPool:
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
-        self._unparsable: set[str] = set()
-        self._failed_starts = 0
+        self._unscored: dict[str, Verdict] = {}  # gold answers that no completion is compared with, for good
+        self._failed_starts = 0  # since a worker was ready
 
     def check(self, completions: list[str], solution: list[str], describe: bool = False) -> list[Verdict]:
         """
@@ -108,7 +189,7 @@ class WorkerPool:
             describe (`bool`, *optional*, defaults to `False`): fill in `gold_parsed` and `answer_parsed`.
 
         Raises:
-            `RuntimeError`: workers cannot be started.
+            `RuntimeError`: workers cannot be started, and none is left that works.
         """
         with self._lock:
             try:
@@ -128,38 +209,53 @@ class WorkerPool:
 
     def _check(self, completions: list[str], solution: list[str], describe: bool) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(completions)
-        waiting: dict[str, list[int]] = {}  # gold answer -> its completions that no worker has, last first
-        crashed: set[int] = set()
+        indices: dict[str, list[int]] = {}
         for index, (_, gold) in reversed(list(enumerate(zip(completions, solution, strict=True)))):
-            if isinstance(gold, str) and gold not in self._unparsable:
-                waiting.setdefault(gold, []).append(index)
+            if not isinstance(gold, str):
+                verdicts[index] = Verdict(None)
+            elif gold in self._unscored:
+                verdicts[index] = self._unscored[gold]
             else:
-                verdicts[index] = Verdict(None)
+                indices.setdefault(gold, []).append(index)
+        waiting = _Waiting(indices, self._workers)
+        failed: set[int | str] = set()  # completions and gold answers that have a second and last try
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self._failed_starts = 0
 
-        def skip(gold: str) -> None:
+        def drop(worker: _Worker) -> None:
+            self._drop(worker)
+            waiting.forget(worker)
+
+        def skip(gold: str, verdict: Verdict) -> None:
             """No completion of this gold answer can be scored, in this call and later ones."""
-            self._unparsable.add(gold)
-            for index in waiting.pop(gold, []):
-                verdicts[index] = Verdict(None)
+            self._unscored[gold] = verdict
+            for index in indices.pop(gold, []):
+                verdicts[index] = verdict
 
         def lost(worker: _Worker, timed_out: bool) -> None:
             """Settle what a worker was doing that timed out or died."""
-            self._drop(worker)
+            drop(worker)
             index, gold = worker.index, worker.gold
             if index is None:
                 return
-            if not timed_out and index not in crashed:
-                # Someone else may have killed it. If it is the answer that does, it does so again.
-                crashed.add(index)
-                waiting.setdefault(gold, []).append(index)
+            # A worker may have been killed, or stalled with the disk, by something else than what it was doing. A
+            # completion that took too long has no second try: there are too many, and it costs one reward, not all of
+            # a problem's.
+            if gold in worker.golds and not timed_out and index not in failed:
+                failed.add(index)
+                waiting.put_back(index, gold)
             elif gold in worker.golds:
                 verdicts[index] = Verdict(0.0, "[not checked]", "[not checked]", checked=False)
+            elif not worker.last_try:
+                failed.add(gold)
+                waiting.put_back(index, gold)
             else:
                 logger.warning(
-                    f"A gold answer cannot be parsed in {self.timeout:g} s and is not scored: {gold[:80]!r}"
+                    f"A gold answer has twice taken more than {self.timeout:g} s to parse, or ended its worker. Its "
+                    f"completions are not scored in this run: {gold[:80]!r}"
                 )
-                verdicts[index] = Verdict(None)
-                skip(gold)
+                verdicts[index] = Verdict(None, "[not checked]", "[not checked]", checked=False)
+                skip(gold, verdicts[index])
 
         def heard(worker: _Worker, answer: dict) -> None:
             """Note a worker's answer."""
@@ -171,31 +267,28 @@ class WorkerPool:
                 verdicts[worker.index] = Verdict(answer["reward"], *texts)
                 worker.index = None
                 if answer["retire"]:
-                    self._drop(worker)
+                    drop(worker)
             elif answer["gold"]:
                 worker.golds.add(worker.gold)
+                failed.discard(worker.gold)
                 worker.deadline = time.monotonic() + self.timeout
             else:
                 verdicts[worker.index] = Verdict(None)
                 worker.index = None
-                skip(worker.gold)
+                skip(worker.gold, Verdict(None))
 
-        while waiting or any(worker.index is not None for worker in self._workers):
-            while len(self._workers) < min(self._size(), len(completions)):
-                self._workers.append(_Worker(self.timeout))
+        while indices or any(worker.index is not None for worker in self._workers):
+            self._start(min(self._size(), len(completions)))
             for worker in list(self._workers):
-                if not (worker.ready and worker.index is None and waiting):
+                if not (worker.ready and worker.index is None and indices):
                     continue
-                gold = self._choose(worker, waiting)
-                index = waiting[gold][-1]
+                index, gold = waiting.take(worker)
+                worker.last_try = gold in failed
                 try:
                     worker.start(index, completions[index], gold, describe)
                 except OSError:  # it has died since its last answer
-                    self._drop(worker)
-                    continue
-                waiting[gold].pop()
-                if not waiting[gold]:
-                    del waiting[gold]
+                    drop(worker)
+                    waiting.put_back(index, gold)
 
             busy = [worker for worker in self._workers if worker.index is not None or not worker.ready]
             seconds = max(0.0, min(worker.deadline for worker in busy) - time.monotonic()) if busy else 0.0
@@ -212,28 +305,36 @@ class WorkerPool:
                     lost(worker, timed_out=True)
         return verdicts
 
-    def _choose(self, worker: _Worker, waiting: dict[str, list[int]]) -> str:
-        """The gold answer whose completions this worker takes next: one it knows, else one that none knows."""
-        if worker.gold in waiting:
-            return worker.gold
-
-        def preference(gold: str) -> tuple[bool, bool, int]:
-            known = any(gold == other.gold or gold in other.golds for other in self._workers)
-            return gold in worker.golds, not known, len(waiting[gold])
-
-        return max(waiting, key=preference)
+    def _start(self, count: int) -> None:
+        """Have `count` workers, or fewer if starting them fails."""
+        while len(self._workers) < count and self._failed_starts < MAX_FAILED_STARTS:
+            try:
+                self._workers.append(_Worker(self.timeout))
+            except OSError as error:  # no memory, process ids or file descriptors left
+                self._start_failed(str(error))
 
     def _drop(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.remove(worker)
-        self._failed_starts += not worker.ready
+        if not worker.ready:
+            self._start_failed(f"ended with code {worker.process.returncode}")
+        elif not any(other.ready for other in self._workers):
+            self._failed_starts = 0  # the last that worked, so that a new one has to start
+
+    def _start_failed(self, how: str) -> None:
+        """Note a failed start; an error if it was one too many, and no worker is left that works or may yet."""
+        self._failed_starts += 1
+        if self._failed_starts < MAX_FAILED_STARTS:
+            return
+        message = (
+            f"{self._failed_starts} processes that check answers were not ready within {START_SECONDS} s, the last: "
+            f"{how}. Their messages stand above; `{sys.executable} -c 'import math_verify'` should succeed, and this "
+            "machine should have memory and process ids left."
+        )
+        if not self._workers:
+            raise RuntimeError(message)
         if self._failed_starts == MAX_FAILED_STARTS:
-            self._failed_starts = 0
-            raise RuntimeError(
-                f"{MAX_FAILED_STARTS} processes that check answers ended before they were ready, the last with code "
-                f"{worker.process.returncode}. Their messages stand above; `{sys.executable} -c 'import math_verify'` "
-                "should succeed, and this machine should have memory and process ids left."
-            )
+            logger.warning(f"{message} The {len(self._workers)} others go on; no more are started in this call.")
 
     def _size(self) -> int:
         if self.size is None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..method.advantages import length_bias
+from ..method.length_bias import length_bias
 from .batch import GenerationBatch
 
 

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
 from .checkpoint import last_complete_checkpoint
+from .scrub import without_secrets
 
 
 ARGS_FILE = "training_args.json"
@@ -36,11 +37,11 @@ def describe_run(folder: str | Path, args: GRPOConfig, state: TrainerState, orig
 
     Args:
         folder (`str` or `Path`): the run's output folder.
-        args (`GRPOConfig`): the training arguments; tokens are left out.
+        args (`GRPOConfig`): the training arguments; secrets are left out, however deep they stand.
         state (`TrainerState`): step and log of the run.
         origin (`dict`): what `args` do not say, such as the model and the dataset.
     """
-    values = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    values, origin = without_secrets(args.to_dict()), without_secrets(origin)
     write_json(Path(folder) / ARGS_FILE, {**origin, **values})
     own = {field.name for field in fields(args)} - {field.name for field in fields(GRPOConfig)}
     settings = {name: value for name, value in values.items() if name in own or name in SETTINGS}
@@ -97,5 +98,5 @@ def write_json(path: str | Path, content: dict) -> None:
     """Write a file whole or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(content, indent=2, default=lambda value: without_secrets(str(value))) + "\n")
     os.replace(temporary, path)

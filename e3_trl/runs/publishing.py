@@ -1,6 +1,7 @@
 """A run on the Hub: what its model card says about E3, and the upload."""
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -8,13 +9,16 @@ from pathlib import Path
 import httpx
 from huggingface_hub import ModelCard, auth_check, constants, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .describe import read_benchmarks, read_report
+from .describe import ARGS_FILE, REPORT_FILE, read_benchmarks, read_report, write_json
+from .scrub import without_secrets
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"
 FIGURES = "figures"
+_NOT_PUSHED = ("_*", "earlier/*", "*.old", "*.tmp")  # `earlier` holds runs that were moved aside
 
 
 class HubError(RuntimeError):
@@ -24,7 +28,7 @@ class HubError(RuntimeError):
 def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
     """
     Write what `report.json` and `figures/` say into TRL's model card: settings, results, figures. What an earlier
-    call wrote is replaced.
+    call wrote is replaced. Secrets are removed from the whole card.
 
     Args:
         folder (`str` or `Path`): the run's output folder, with the `README.md` that TRL wrote.
@@ -40,13 +44,13 @@ def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
     heading = "### Framework versions"
     card.text = text.replace(heading, section + heading, 1) if heading in text else f"{text}\n\n{section}"
     temporary = path.with_name("README.md.tmp")
-    card.save(temporary)
+    temporary.write_text(without_secrets(str(card)), encoding="utf-8", newline="")
     os.replace(temporary, path)
 
 
 def _section(folder: Path) -> str:
     """The card's own part, in Markdown."""
-    report, curves = read_report(folder), read_benchmarks(folder)
+    report, curves = without_secrets(read_report(folder)), read_benchmarks(folder)
     parts = []
     if "step" in report:
         rows = [(f"`{name}`", f"`{value}`") for name, value in report["settings"].items() if value is not None]
@@ -106,7 +110,9 @@ def publish(
 ) -> str:
     """
     Upload a run folder: model, tokenizer, training arguments, report, figures and model card, not its checkpoints.
-    What an interrupted upload brought over is not sent again.
+    What an interrupted upload brought over is not sent again. Secrets in the arguments and in the report are removed
+    before. `training_args.bin`, in which transformers pickles the arguments, stays here: it may hold some, and
+    `training_args.json` says the same.
 
     Args:
         folder (`str` or `Path`): the run's output folder.
@@ -128,6 +134,9 @@ def publish(
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]}. Give the output_dir of a finished training.")
     repo_id = check_hub_access(repo_id, token, private)
+    for path in (folder / ARGS_FILE, folder / REPORT_FILE):
+        if path.is_file():  # of a run that did not look for secrets everywhere, or put together by hand
+            write_json(path, without_secrets(json.loads(path.read_text())))
     complete_model_card(folder, repo_id)
     with _explained(f"{folder} was not uploaded to {repo_id}, and is complete on disk"):
         commit = upload_folder(
@@ -136,7 +145,7 @@ def publish(
             token=token,
             revision=revision,
             commit_message="End of training",
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.old", "*.tmp"],
+            ignore_patterns=[*_NOT_PUSHED, f"{PREFIX_CHECKPOINT_DIR}-*", f"*{TRAINING_ARGS_NAME}"],
         )
     return commit.commit_url
 

@@ -3,10 +3,10 @@ Make training and validation data from raw problems, with a difficulty for each,
 
     python recipes/prepare_data.py --config recipes/prepare_data.yaml
 
-Every field of `PreparationArguments` may stand in the configuration, and on the command line, which wins. Duplicates
-and the problems of the test sets go; a model answers each problem `num_samples` times; of the problems that it always
-(or never) solves, some are kept; and of each source, some are set aside for validation. Completions are written to the
-output folder chunk by chunk: the same command goes on where a killed one stopped.
+Every field of `PreparationArguments` may stand in the configuration, and on the command line, which wins. Duplicates,
+the problems of the test sets and prompts that are too long go; a model answers each problem `num_samples` times; of
+each source, some are set aside for validation; and of the others that it always (or never) solves, some are kept.
+Completions are written to the output folder chunk by chunk: the same command goes on where a killed one stopped.
 
 In the end the folder holds `train.parquet`, `validation.parquet`, their dataset card `README.md`, `report.json`
 (settings and counts) and `difficulty.png`. The columns are `prompt`, `solution`, `source`, `accuracy` (share of the
@@ -29,16 +29,21 @@ import pandas as pd
 from datasets import Dataset
 from huggingface_hub import DatasetCardData, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
 from trl import TrlParser
 
-from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions
-from e3_trl.evaluation.problems import load_problems, normalize_problem
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions, tokenize_prompts
+from e3_trl.evaluation.problems import load_problems, normalize_problem, problem_text
 from e3_trl.rewards import load_reward_func
 from e3_trl.runs.describe import write_json
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+
+# Of mathematics; Asymptote drawings and long numbers have fewer, down to 1.6.
+CHARACTERS_PER_TOKEN = 6000 / 2048
 
 
 @dataclass
@@ -67,6 +72,11 @@ class PreparationArguments(SamplingConfig):
             Problems of each source that are set aside for validation.
         test_sets (`list[str]`, *optional*):
             Files, or datasets on the Hub, whose problems are left out.
+        max_prompt_tokens (`int`, *optional*, defaults to `2048`):
+            Most tokens of a prompt; longer ones are left out. `None` = no limit.
+        tokenizer_name_or_path (`str`, *optional*):
+            What counts the tokens: the tokenizer, with its chat template, of the model that is to be trained, which
+            need not be `model_name_or_path`. If `None`, 6,000 characters stand for 2,048 tokens.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling, of what is kept and of what is set aside.
         output_dir (`str`, *optional*, defaults to `"data/e3"`):
@@ -98,6 +108,13 @@ class PreparationArguments(SamplingConfig):
     test_sets: list[str] = field(
         default_factory=list, metadata={"help": "Files, or datasets on the Hub, whose problems are left out."}
     )
+    max_prompt_tokens: int | None = field(
+        default=2048, metadata={"help": "Most tokens of a prompt; longer ones are left out. None = no limit."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to be trained, whose tokenizer counts. None = 6,000 characters for 2,048 tokens."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the sampling, of what is kept and of what is set aside."})
     output_dir: str = field(default="data/e3", metadata={"help": "Folder to write to."})
     hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset on the Hub to push to."})
@@ -116,6 +133,8 @@ class PreparationArguments(SamplingConfig):
         for name in ("max_always_solved", "max_never_solved", "validation_per_source"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Set it to 0 or more.")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens is {self.max_prompt_tokens}. Set it to 1 or more, or to None.")
         if self.hub_dataset_id is not None:
             validate_repo_id(self.hub_dataset_id)
             if get_token() is None:
@@ -138,6 +157,23 @@ def drop_known(problems: pd.DataFrame, test_prompts: list, counts: dict) -> pd.D
         "in_test_sets": int((test & ~duplicate).sum()),
     }
     return problems[~duplicate & ~test].reset_index(drop=True)
+
+
+def drop_long(problems: pd.DataFrame, args: PreparationArguments, counts: dict) -> pd.DataFrame:
+    """Without prompts that leave the trained model no room for a whole answer."""
+    prompts, limit, unit = problems["prompt"].tolist(), args.max_prompt_tokens, "tokens"
+    if limit is None:
+        counts["too_long"] = {"limit": None, "dropped": 0}
+        return problems
+    if args.tokenizer_name_or_path is None:
+        limit, unit = int(limit * CHARACTERS_PER_TOKEN), "characters"
+        prompts = [problem_text(prompt) for prompt in prompts]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path)
+        prompts = tokenize_prompts(tokenizer, prompts, args.apply_chat_template)
+    too_long = np.array([len(prompt) for prompt in prompts]) > limit
+    counts["too_long"] = {"limit": f"{limit:,} {unit}", "dropped": int(too_long.sum())}
+    return problems[~too_long].reset_index(drop=True)
 
 
 def balance(
@@ -269,6 +305,8 @@ def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts
         for name in ("always_solved", "never_solved")
         if counts[name]["dropped"]
     ]
+    if counts["too_long"]["dropped"]:
+        dropped.insert(0, "- Left out as longer than {limit}: {dropped}.\n".format(**counts["too_long"]))
     text = CARD.format(
         metadata=metadata.to_yaml(),
         names=", ".join(f"`{Path(name).name if os.path.exists(name) else name}`" for name in args.dataset_name),
@@ -321,6 +359,7 @@ def main(args: PreparationArguments) -> None:
     test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
     counts: dict = {}
     problems = drop_known(pd.concat(raw, ignore_index=True), test_prompts, counts)
+    problems = drop_long(problems, args, counts)
     rng = np.random.default_rng(args.seed)
     split(problems, args.validation_per_source, np.random.default_rng(0))  # what cannot be split is not sampled either
 
@@ -350,7 +389,10 @@ def main(args: PreparationArguments) -> None:
     write_json(folder / "report.json", {"settings": asdict(args), "counts": counts})
 
     print_histogram(found, np.add(levels["train"], levels["validation"]).tolist())
-    print(f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets")
+    print(
+        f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets, "
+        f"{counts['too_long']['dropped']} too long"
+    )
     print(
         f"{len(train)} for training, {len(validation)} for validation. Written to {folder}, with README.md and figure"
     )

@@ -220,6 +220,30 @@ def test_a_given_count_takes_the_place_of_sampling(settings, tmp_path, monkeypat
     }
 
 
+@pytest.mark.parametrize(
+    ("named", "limit", "longest"),
+    # The template's "user:" is of one-character tokens; 6,000 / 2,048 characters for each of 40 tokens are 117.
+    [(True, "40 tokens", 40 - len("user:")), (False, "117 characters", 117)],
+)
+def test_prompts_that_are_too_long_are_not_sampled_and_are_counted(
+    settings, model_path, tmp_path, capsys, named, limit, longest
+):
+    """A prompt of 9,009 characters was kept, and stopped every run with `vllm_max_model_length: 8192`."""
+    problems = [{"problem": "a" * length, "answer": "1", "source": "odd"} for length in (longest, longest + 1)]
+    settings["dataset_name"] = [write_problems(tmp_path / "long.jsonl", PROBLEMS + problems)]
+    settings |= {"max_prompt_tokens": 40, "tokenizer_name_or_path": model_path if named else None}
+    main(PreparationArguments(**settings))
+    kept = keys(pd.concat([read(settings, "train"), read(settings, "validation")]))
+    assert "a" * longest in kept
+    assert len(kept) == 13
+    folder = Path(settings["output_dir"])
+    assert len((folder / "sampling" / "completions.jsonl").read_text().splitlines()) == 13
+    counts = json.loads((folder / "report.json").read_text())["counts"]
+    assert counts["too_long"] == {"limit": limit, "dropped": 1}
+    assert f"- Left out as longer than {limit}: 1." in (folder / "README.md").read_text()
+    assert "1 in test sets, 1 too long" in capsys.readouterr().out
+
+
 def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
     def some_none(completions, solution, **kwargs):
         return [None if answer == "$4$" else 1.0 for answer in solution]
@@ -245,6 +269,7 @@ def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
         ({"answer_column": "solution"}, r"no column 'solution' \(solution\), only \['problem', 'answer', 'source'\]"),
         ({"validation_per_source": 7}, "validation_per_source is 7, and source '.*' has 6 problems. Lower it"),
         ({"max_always_solved": -1}, "max_always_solved is -1. Set it to 0 or more"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0. Set it to 1 or more, or to None"),
         ({"reward_func": "nothing"}, "There is no reward function 'nothing'"),
         ({"hub_dataset_id": "me/data"}, "hub_dataset_id is 'me/data', and nobody is logged in. Run `hf auth login`"),
         ({"hub_dataset_id": "me/my data"}, "me/my data"),

@@ -75,7 +75,7 @@ def test_paper_recipes_have_the_papers_numbers(path):
     assert rows_per_update(args, processes) == 512
     assert prompts == 64
     assert args.num_train_epochs * (10_240 // round(prompts / args.prompt_selection_ratio)) == 480
-    assert args.vllm_max_model_length >= 2048 + args.max_completion_length
+    assert args.vllm_max_model_length >= PreparationArguments.max_prompt_tokens + args.max_completion_length
     assert processes % args.vllm_tensor_parallel_size == 0
     paper = 5e-6 if "1.5B" in model.model_name_or_path else 2e-6
     assert args.learning_rate == pytest.approx(10 * paper if model.use_peft else paper)

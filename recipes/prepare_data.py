@@ -65,11 +65,12 @@ class PreparationArguments(SamplingConfig):
         num_samples (`int`, *optional*, defaults to `10`):
             Answers per problem.
         max_always_solved (`int`, *optional*, defaults to `2000`):
-            Most problems to keep of those that are always solved. `None` = all.
+            Most training problems that are always solved. `None` = all.
         max_never_solved (`int`, *optional*):
-            Most problems to keep of those that are never solved. `None` = all.
+            Most training problems that are never solved. `None` = all.
         validation_per_source (`int`, *optional*, defaults to `128`):
-            Problems of each source that are set aside for validation.
+            Problems of each source that are set aside for validation, drawn before the two limits above apply: their
+            difficulty is that of the source.
         test_sets (`list[str]`, *optional*):
             Files, or datasets on the Hub, whose problems are left out.
         max_prompt_tokens (`int`, *optional*, defaults to `2048`):
@@ -97,10 +98,10 @@ class PreparationArguments(SamplingConfig):
     )
     num_samples: int = field(default=10, metadata={"help": "Answers per problem."})
     max_always_solved: int | None = field(
-        default=2000, metadata={"help": "Most problems to keep of those always solved. None = all."}
+        default=2000, metadata={"help": "Most training problems that are always solved. None = all."}
     )
     max_never_solved: int | None = field(
-        default=None, metadata={"help": "Most problems to keep of those never solved. None = all."}
+        default=None, metadata={"help": "Most training problems that are never solved. None = all."}
     )
     validation_per_source: int = field(
         default=128, metadata={"help": "Problems of each source that are set aside for validation."}
@@ -179,7 +180,7 @@ def drop_long(problems: pd.DataFrame, args: PreparationArguments, counts: dict) 
 def balance(
     problems: pd.DataFrame, args: PreparationArguments, rng: np.random.Generator, counts: dict
 ) -> pd.DataFrame:
-    """Without the problems always or never solved that are too many."""
+    """Training data without the problems always or never solved that are too many."""
     drop = np.zeros(len(problems), dtype=bool)
     for name, accuracy, most in (
         ("always_solved", 1.0, args.max_always_solved),
@@ -193,7 +194,7 @@ def balance(
 
 
 def split(problems: pd.DataFrame, per_source: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Training data, and `per_source` problems of each source for validation."""
+    """What is left for training, and `per_source` problems of each source for validation."""
     for source, count in problems["source"].value_counts().items():
         if count < per_source:
             raise ValueError(
@@ -277,7 +278,7 @@ The paper's own data give the share of right answers for difficulty; here that i
 
 - {duplicates} of {rows} rows were duplicates and {in_test_sets} problems stood in a test set ({test_sets}). They were
   left out.
-{dropped}- Training and validation data have no problem in common.
+{dropped}- The validation data were drawn before any problem was left out for its difficulty. No problem is in both.
 - Problems were compared without case, white space and the LaTeX that changes the looks alone.
 - All settings and counts are in [report.json](report.json). The licences of the problems are those of their sources.
 """
@@ -301,7 +302,8 @@ def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts
         return " | ".join(str(number) for number in (len(frame), *(by_source[source] for source in sources)))
 
     dropped = [
-        f"- {counts[name]['dropped']} of {counts[name]['found']} problems {name.replace('_', ' ')} were left out.\n"
+        f"- {counts[name]['dropped']} of {counts[name]['found']} training problems {name.replace('_', ' ')} were left "
+        "out.\n"
         for name in ("always_solved", "never_solved")
         if counts[name]["dropped"]
     ]
@@ -377,7 +379,8 @@ def main(args: PreparationArguments) -> None:
     problems = problems[~unscorable].reset_index(drop=True)
     found = histogram(problems["accuracy"], args.num_samples)
 
-    train, validation = split(balance(problems, args, rng, counts), args.validation_per_source, rng)
+    train, validation = split(problems, args.validation_per_source, rng)  # before balancing, as in the paper
+    train = balance(train, args, rng, counts)
     parts = {"train": train, "validation": validation}
     conversational = args.apply_chat_template or not all(isinstance(prompt, str) for prompt in problems["prompt"])
     levels = {name: histogram(part["accuracy"], args.num_samples) for name, part in parts.items()}

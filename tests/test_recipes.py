@@ -32,8 +32,15 @@ BLOCKS = {
     "grpo_ts": {"temperature_schedule": "entropy", "annealing_start": None},
     "grpo_ts_an": {"temperature_schedule": "entropy"},
     "dapo": {"dynamic_sampling": True, "max_resample_rounds": 10, "epsilon_high": 0.28, "loss_type": "dapo"},
-    "prepo": {"prompt_selection_ratio": 0.2, "entropy_weighting": True, "num_train_epochs": 15},
+    "prepo": {
+        "prompt_selection_ratio": 0.2,
+        "entropy_weighting": True,
+        "num_train_epochs": 15,
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+    },
 }
+PAPERS_RUNS = {"grpo", "grpo_er", "grpo_ts", "grpo_ts_an", "dapo", "e3"}
 
 
 def parse(path: Path, *arguments: str) -> tuple[E3ScriptArguments, E3GRPOConfig, ModelConfig]:
@@ -86,6 +93,20 @@ def test_paper_recipes_have_the_papers_numbers(path):
     assert (args.max_completion_length, args.beta, args.temperature) == (6144, 0.0, 1.0)
     assert args.loss_type == ("dapo" if "dapo" in path.name else "grpo")
     assert args.vllm_enable_sleep_mode
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if yaml.safe_load(path.read_text()).get("use_vllm")],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_vllm_recipes_choose_their_importance_weights(path):
+    """None did, and TRL's default weighs whole completions: most of it is noise at 6,144 tokens, and not in Eq. 1."""
+    _, args, _ = parse(path)
+    assert "vllm_importance_sampling_correction" in yaml.safe_load(path.read_text())
+    assert args.vllm_importance_sampling_correction == (path.stem.removeprefix("config_") not in PAPERS_RUNS)
+    if args.vllm_importance_sampling_correction:
+        assert args.vllm_importance_sampling_mode == "token_truncate"
 
 
 @pytest.mark.parametrize(

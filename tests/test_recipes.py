@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import weakref
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -10,7 +11,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from trl import ModelConfig, TrlParser
 
@@ -206,6 +209,49 @@ def test_a_layer_keeps_the_activations_that_the_formula_says():
         layer(hidden, attention_mask=mask, position_embeddings=rotary)
     elements = sum(storage.nbytes() for storage in kept.values()) / 2 / tokens
     assert elements == pytest.approx(elements_per_layer(config), rel=0.05)
+
+
+class LargestMemory(TorchDispatchMode):
+    """Most bytes that were alive at once, of storages that came into being under it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {parameter.data_ptr() for parameter in model.parameters()}
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return output
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_evaluations_forward_pass_holds_what_the_formula_says(lora):
+    """Evaluation was not in the table, and 16 rows of it are more than training needs on the GPU of 24 GB."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    from recipes.memory import evaluation_bytes_per_token
+
+    config = Qwen2Config(
+        hidden_size=128, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        vocab_size=64,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    model = Qwen2ForCausalLM(config).to(torch.float32 if lora else torch.bfloat16).eval()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).base_model.model
+    rows, tokens = 4, 256
+    ids, mask = torch.ones(rows, tokens, dtype=torch.long), torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, :3] = 0  # one row is shorter
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), LargestMemory(model) as memory:
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    expected = rows * tokens * evaluation_bytes_per_token(config, lora) + rows * tokens**2
+    assert memory.most == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

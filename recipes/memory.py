@@ -4,7 +4,8 @@ GPU memory that each recipe of the paper's models needs, on paper: the table of 
     python -m recipes.memory [--hub]
 
 Bytes per GPU. P parameters, of which P_t are trained; N GPUs; L layers of hidden size h, MLP size i and V tokens;
-R rows in a micro-batch, each of S = `vllm_max_model_length` tokens, C = `max_completion_length` of them completion.
+R rows in a micro-batch and E = `per_device_eval_batch_size` in one of evaluation, each of S = `vllm_max_model_length`
+tokens, C = `max_completion_length` of them completion.
 
 - Full fine-tuning under ZeRO-3, by DeepSpeed's estimator: weights 2 P/N + 4 x the largest layer (gathered), gradients
   4 P/N, optimizer 12 P/N (the float32 copy and Adam's two moments).
@@ -13,10 +14,14 @@ R rows in a micro-batch, each of S = `vllm_max_model_length` tokens, C = `max_co
   again and as much for its gradients, with LoRA 6 h + i more for the adapters' inputs; 2 R S^2 for the mask.
 - Logits: TRL projects them tile by tile, so 2 x the tile and 4 R C h for the gradient; 4 V h more if the head is
   trained.
+- Evaluation: all E rows in one forward pass without gradients; most is held in the MLP, E S (8 h + 6 i), with LoRA on
+  a float32 base E S (18 h + 8 i), and E S^2 for the mask.
 - vLLM: 2 P weights; 2 GiB for its own activations and CUDA graphs; what is left of `vllm_gpu_memory_utilization` is KV
   cache, of which a sequence of S tokens takes 4 L S x key-value heads x head size.
 
-In sleep mode vLLM and the activations are not there at once: the peak is the model's states and the larger of the two.
+In sleep mode vLLM, training's activations and logits, and evaluation's forward pass are not there at once: the peak is
+the model's states and the largest of the three. That an evaluation samples all its prompts in one call changes nothing
+here: vLLM's KV cache has its size, and what does not fit waits. The completions are on the host.
 A recipe fits if that is at most 90% of the GPU; the rest is for CUDA's context, NCCL and fragmentation.
 """
 
@@ -44,7 +49,8 @@ RECIPES = sorted(
 GPU_MEMORY = {80: 79 * 2**30, 24: 22 * 2**30}
 FITS = 0.9
 VLLM_OVERHEAD = 2 * 2**30
-COLUMNS = ["weights", "gradients", "optimizer", "activations", "logits", "vllm_weights", "kv_cache", "peak"]
+COLUMNS = ["weights", "gradients", "optimizer", "activations", "logits", "evaluation", "vllm_weights", "kv_cache"]
+COLUMNS += ["peak"]
 
 
 def count_parameters(config, peft_config=None) -> dict[str, int]:
@@ -63,6 +69,12 @@ def elements_per_layer(config, lora: bool = False) -> int:
     """Elements of 2 bytes that one layer keeps for its backward, per token, without the attention mask."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     return 12 * hidden + 4 * mlp + (6 * hidden + mlp if lora else 0)
+
+
+def evaluation_bytes_per_token(config, lora: bool = False) -> int:
+    """Most bytes that a forward pass without gradients holds, per token, without the attention mask."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    return 18 * hidden + 8 * mlp if lora else 8 * hidden + 6 * mlp
 
 
 def estimate(path: Path, hub: bool = False) -> dict[str, float]:
@@ -111,13 +123,16 @@ def estimate(path: Path, hub: bool = False) -> dict[str, float]:
     memory["logits"] += 4 * rows * recipe["max_completion_length"] * hidden
     memory["logits"] += 0 if model.use_peft else 4 * config.vocab_size * hidden
 
+    rows = recipe["per_device_eval_batch_size"]
+    memory["evaluation"] = rows * length * evaluation_bytes_per_token(config, model.use_peft) + rows * length**2
+
     vllm = recipe["vllm_gpu_memory_utilization"] * memory["gpu"]
     memory["vllm_weights"] = 2 * total / recipe["vllm_tensor_parallel_size"]
     memory["kv_cache"] = vllm - memory["vllm_weights"] - VLLM_OVERHEAD
     sequence = 4 * layers * length * config.num_key_value_heads * hidden // config.num_attention_heads
     memory["sequences"] = memory["kv_cache"] * recipe["vllm_tensor_parallel_size"] / sequence
     states = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    memory["peak"] = states + max(memory["activations"] + memory["logits"], vllm)
+    memory["peak"] = states + max(memory["activations"] + memory["logits"], memory["evaluation"], vllm)
     return memory
 
 

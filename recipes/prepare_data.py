@@ -3,10 +3,10 @@ Make training and validation data from raw problems, with a difficulty for each,
 
     python recipes/prepare_data.py --config recipes/prepare_data.yaml
 
-Every field of `PreparationArguments` may stand in the configuration, and on the command line, which wins. Duplicates
-and the problems of the test sets go; a model answers each problem `num_samples` times; of the problems that it always
-(or never) solves, some are kept; and of each source, some are set aside for validation. Completions are written to the
-output folder chunk by chunk: the same command goes on where a killed one stopped.
+Every field of `PreparationArguments` may stand in the configuration, and on the command line, which wins. Duplicates,
+the problems of the test sets and prompts that are too long go; a model answers each problem `num_samples` times; of
+each source, some are set aside for validation; and of the others that it always (or never) solves, some are kept.
+Completions are written to the output folder chunk by chunk: the same command goes on where a killed one stopped.
 
 In the end the folder holds `train.parquet`, `validation.parquet`, their dataset card `README.md`, `report.json`
 (settings and counts) and `difficulty.png`. The columns are `prompt`, `solution`, `source`, `accuracy` (share of the
@@ -29,16 +29,21 @@ import pandas as pd
 from datasets import Dataset
 from huggingface_hub import DatasetCardData, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
 from trl import TrlParser
 
-from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions
-from e3_trl.evaluation.problems import load_problems, normalize_problem
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions, tokenize_prompts
+from e3_trl.evaluation.problems import load_problems, normalize_problem, problem_text
 from e3_trl.rewards import load_reward_func
 from e3_trl.runs.describe import write_json
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+
+# Of mathematics; Asymptote drawings and long numbers have fewer, down to 1.6.
+CHARACTERS_PER_TOKEN = 6000 / 2048
 
 
 @dataclass
@@ -60,13 +65,19 @@ class PreparationArguments(SamplingConfig):
         num_samples (`int`, *optional*, defaults to `10`):
             Answers per problem.
         max_always_solved (`int`, *optional*, defaults to `2000`):
-            Most problems to keep of those that are always solved. `None` = all.
+            Most training problems that are always solved. `None` = all.
         max_never_solved (`int`, *optional*):
-            Most problems to keep of those that are never solved. `None` = all.
+            Most training problems that are never solved. `None` = all.
         validation_per_source (`int`, *optional*, defaults to `128`):
-            Problems of each source that are set aside for validation.
+            Problems of each source that are set aside for validation, drawn before the two limits above apply: their
+            difficulty is that of the source.
         test_sets (`list[str]`, *optional*):
             Files, or datasets on the Hub, whose problems are left out.
+        max_prompt_tokens (`int`, *optional*, defaults to `2048`):
+            Most tokens of a prompt; longer ones are left out. `None` = no limit.
+        tokenizer_name_or_path (`str`, *optional*):
+            What counts the tokens: the tokenizer, with its chat template, of the model that is to be trained, which
+            need not be `model_name_or_path`. If `None`, 6,000 characters stand for 2,048 tokens.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling, of what is kept and of what is set aside.
         output_dir (`str`, *optional*, defaults to `"data/e3"`):
@@ -87,16 +98,23 @@ class PreparationArguments(SamplingConfig):
     )
     num_samples: int = field(default=10, metadata={"help": "Answers per problem."})
     max_always_solved: int | None = field(
-        default=2000, metadata={"help": "Most problems to keep of those always solved. None = all."}
+        default=2000, metadata={"help": "Most training problems that are always solved. None = all."}
     )
     max_never_solved: int | None = field(
-        default=None, metadata={"help": "Most problems to keep of those never solved. None = all."}
+        default=None, metadata={"help": "Most training problems that are never solved. None = all."}
     )
     validation_per_source: int = field(
         default=128, metadata={"help": "Problems of each source that are set aside for validation."}
     )
     test_sets: list[str] = field(
         default_factory=list, metadata={"help": "Files, or datasets on the Hub, whose problems are left out."}
+    )
+    max_prompt_tokens: int | None = field(
+        default=2048, metadata={"help": "Most tokens of a prompt; longer ones are left out. None = no limit."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to be trained, whose tokenizer counts. None = 6,000 characters for 2,048 tokens."},
     )
     seed: int = field(default=0, metadata={"help": "Of the sampling, of what is kept and of what is set aside."})
     output_dir: str = field(default="data/e3", metadata={"help": "Folder to write to."})
@@ -116,6 +134,8 @@ class PreparationArguments(SamplingConfig):
         for name in ("max_always_solved", "max_never_solved", "validation_per_source"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Set it to 0 or more.")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens is {self.max_prompt_tokens}. Set it to 1 or more, or to None.")
         if self.hub_dataset_id is not None:
             validate_repo_id(self.hub_dataset_id)
             if get_token() is None:
@@ -140,10 +160,27 @@ def drop_known(problems: pd.DataFrame, test_prompts: list, counts: dict) -> pd.D
     return problems[~duplicate & ~test].reset_index(drop=True)
 
 
+def drop_long(problems: pd.DataFrame, args: PreparationArguments, counts: dict) -> pd.DataFrame:
+    """Without prompts that leave the trained model no room for a whole answer."""
+    prompts, limit, unit = problems["prompt"].tolist(), args.max_prompt_tokens, "tokens"
+    if limit is None:
+        counts["too_long"] = {"limit": None, "dropped": 0}
+        return problems
+    if args.tokenizer_name_or_path is None:
+        limit, unit = int(limit * CHARACTERS_PER_TOKEN), "characters"
+        prompts = [problem_text(prompt) for prompt in prompts]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path)
+        prompts = tokenize_prompts(tokenizer, prompts, args.apply_chat_template)
+    too_long = np.array([len(prompt) for prompt in prompts]) > limit
+    counts["too_long"] = {"limit": f"{limit:,} {unit}", "dropped": int(too_long.sum())}
+    return problems[~too_long].reset_index(drop=True)
+
+
 def balance(
     problems: pd.DataFrame, args: PreparationArguments, rng: np.random.Generator, counts: dict
 ) -> pd.DataFrame:
-    """Without the problems always or never solved that are too many."""
+    """Training data without the problems always or never solved that are too many."""
     drop = np.zeros(len(problems), dtype=bool)
     for name, accuracy, most in (
         ("always_solved", 1.0, args.max_always_solved),
@@ -157,7 +194,7 @@ def balance(
 
 
 def split(problems: pd.DataFrame, per_source: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Training data, and `per_source` problems of each source for validation."""
+    """What is left for training, and `per_source` problems of each source for validation."""
     for source, count in problems["source"].value_counts().items():
         if count < per_source:
             raise ValueError(
@@ -241,7 +278,7 @@ The paper's own data give the share of right answers for difficulty; here that i
 
 - {duplicates} of {rows} rows were duplicates and {in_test_sets} problems stood in a test set ({test_sets}). They were
   left out.
-{dropped}- Training and validation data have no problem in common.
+{dropped}- The validation data were drawn before any problem was left out for its difficulty. No problem is in both.
 - Problems were compared without case, white space and the LaTeX that changes the looks alone.
 - All settings and counts are in [report.json](report.json). The licences of the problems are those of their sources.
 """
@@ -265,10 +302,13 @@ def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts
         return " | ".join(str(number) for number in (len(frame), *(by_source[source] for source in sources)))
 
     dropped = [
-        f"- {counts[name]['dropped']} of {counts[name]['found']} problems {name.replace('_', ' ')} were left out.\n"
+        f"- {counts[name]['dropped']} of {counts[name]['found']} training problems {name.replace('_', ' ')} were left "
+        "out.\n"
         for name in ("always_solved", "never_solved")
         if counts[name]["dropped"]
     ]
+    if counts["too_long"]["dropped"]:
+        dropped.insert(0, "- Left out as longer than {limit}: {dropped}.\n".format(**counts["too_long"]))
     text = CARD.format(
         metadata=metadata.to_yaml(),
         names=", ".join(f"`{Path(name).name if os.path.exists(name) else name}`" for name in args.dataset_name),
@@ -321,6 +361,7 @@ def main(args: PreparationArguments) -> None:
     test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
     counts: dict = {}
     problems = drop_known(pd.concat(raw, ignore_index=True), test_prompts, counts)
+    problems = drop_long(problems, args, counts)
     rng = np.random.default_rng(args.seed)
     split(problems, args.validation_per_source, np.random.default_rng(0))  # what cannot be split is not sampled either
 
@@ -338,7 +379,8 @@ def main(args: PreparationArguments) -> None:
     problems = problems[~unscorable].reset_index(drop=True)
     found = histogram(problems["accuracy"], args.num_samples)
 
-    train, validation = split(balance(problems, args, rng, counts), args.validation_per_source, rng)
+    train, validation = split(problems, args.validation_per_source, rng)  # before balancing, as in the paper
+    train = balance(train, args, rng, counts)
     parts = {"train": train, "validation": validation}
     conversational = args.apply_chat_template or not all(isinstance(prompt, str) for prompt in problems["prompt"])
     levels = {name: histogram(part["accuracy"], args.num_samples) for name, part in parts.items()}
@@ -350,7 +392,10 @@ def main(args: PreparationArguments) -> None:
     write_json(folder / "report.json", {"settings": asdict(args), "counts": counts})
 
     print_histogram(found, np.add(levels["train"], levels["validation"]).tolist())
-    print(f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets")
+    print(
+        f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets, "
+        f"{counts['too_long']['dropped']} too long"
+    )
     print(
         f"{len(train)} for training, {len(validation)} for validation. Written to {folder}, with README.md and figure"
     )

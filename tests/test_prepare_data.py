@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import build_trainer
 from datasets import get_dataset_split_names, load_dataset
 from hypothesis import given
@@ -119,22 +120,21 @@ def test_parts_are_disjoint_whole_and_balanced(raw, test, per_source, most_solve
     )
     rng, counts = np.random.default_rng(0), {}
     unique = drop_known(raw, test_prompts, counts)
-    kept = balance(unique, args, rng, counts)
-    fewest = min([per_source, *kept["source"].value_counts()])
-    train, validation = split(kept, fewest, rng)
+    fewest = min([per_source, *unique["source"].value_counts()])
+    left, validation = split(unique, fewest, rng)
+    train = balance(left, args, rng, counts)
 
     assert len(keys(train)) == len(train)
     assert len(keys(validation)) == len(validation)
     assert not keys(train) & keys(validation)
     assert not (keys(train) | keys(validation)) & {normalize_problem(prompt) for prompt in test_prompts}
     assert set(validation["source"].value_counts()) <= {fewest}
-    both = pd.concat([train, validation])
-    solved = both["accuracy"].value_counts().to_dict()
-    assert solved.get(1.0, 0) == min(most_solved, (unique["accuracy"] == 1).sum())
-    assert solved.get(0.0, 0) == min(most_failed, (unique["accuracy"] == 0).sum())
-    assert solved.get(0.5, 0) == (unique["accuracy"] == 0.5).sum()
+    solved = train["accuracy"].value_counts().to_dict()
+    assert solved.get(1.0, 0) == min(most_solved, (left["accuracy"] == 1).sum())
+    assert solved.get(0.0, 0) == min(most_failed, (left["accuracy"] == 0).sum())
+    assert solved.get(0.5, 0) == (left["accuracy"] == 0.5).sum()
     dropped = counts["always_solved"]["dropped"] + counts["never_solved"]["dropped"]
-    assert counts["rows"] == len(both) + counts["duplicates"] + counts["in_test_sets"] + dropped
+    assert counts["rows"] == len(train) + len(validation) + counts["duplicates"] + counts["in_test_sets"] + dropped
 
 
 def test_samples_measures_and_writes(settings, capsys):
@@ -220,6 +220,56 @@ def test_a_given_count_takes_the_place_of_sampling(settings, tmp_path, monkeypat
     }
 
 
+@pytest.mark.parametrize(
+    ("named", "limit", "longest"),
+    # The template's "user:" is of one-character tokens; 6,000 / 2,048 characters for each of 40 tokens are 117.
+    [(True, "40 tokens", 40 - len("user:")), (False, "117 characters", 117)],
+)
+def test_prompts_that_are_too_long_are_not_sampled_and_are_counted(
+    settings, model_path, tmp_path, capsys, named, limit, longest
+):
+    """A prompt of 9,009 characters was kept, and stopped every run with `vllm_max_model_length: 8192`."""
+    problems = [{"problem": "a" * length, "answer": "1", "source": "odd"} for length in (longest, longest + 1)]
+    settings["dataset_name"] = [write_problems(tmp_path / "long.jsonl", PROBLEMS + problems)]
+    settings |= {"max_prompt_tokens": 40, "tokenizer_name_or_path": model_path if named else None}
+    main(PreparationArguments(**settings))
+    kept = keys(pd.concat([read(settings, "train"), read(settings, "validation")]))
+    assert "a" * longest in kept
+    assert len(kept) == 13
+    folder = Path(settings["output_dir"])
+    assert len((folder / "sampling" / "completions.jsonl").read_text().splitlines()) == 13
+    counts = json.loads((folder / "report.json").read_text())["counts"]
+    assert counts["too_long"] == {"limit": limit, "dropped": 1}
+    assert f"- Left out as longer than {limit}: 1." in (folder / "README.md").read_text()
+    assert "1 in test sets, 1 too long" in capsys.readouterr().out
+
+
+def test_the_validation_data_are_drawn_before_the_balancing(settings, tmp_path):
+    """They were drawn after it: with the paper's 2,000 of 4,085 always solved, half of those were missing there."""
+    levels = [0] * 200 + [5] * 40 + [10] * 160
+    rows = [
+        {"problem": f"say {source} {index}", "answer": "1", "source": source, "level": level}
+        for source in ("even", "odd")
+        for index, level in enumerate(levels)
+    ]
+    settings |= {
+        "dataset_name": [write_problems(tmp_path / "levels.jsonl", rows)],
+        "model_name_or_path": None,
+        "num_correct_column": "level",
+        "num_samples": 10,
+        "max_always_solved": 20,
+        "max_never_solved": 30,
+        "validation_per_source": 30,
+    }
+    main(PreparationArguments(**settings))
+    validation = read(settings, "validation")["accuracy"].value_counts()
+    off = validation - pd.Series({0.0: 30, 0.5: 6, 1.0: 24})  # as found
+    assert off.abs().max() < 11, "three standard deviations"
+    counts = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["counts"]
+    assert counts["train"]["by_correct"] == [30, *[0] * 4, 80 - validation[0.5], *[0] * 4, 20]
+    assert counts["always_solved"] == {"found": 320 - validation[1.0], "dropped": 300 - validation[1.0]}
+
+
 def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
     def some_none(completions, solution, **kwargs):
         return [None if answer == "$4$" else 1.0 for answer in solution]
@@ -228,7 +278,7 @@ def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
     main(PreparationArguments(**settings | {"max_always_solved": 5, "validation_per_source": 1}))
     counts = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["counts"]
     assert counts["unscorable"] == 3
-    assert counts["always_solved"] == {"found": 9, "dropped": 4}
+    assert counts["always_solved"] == {"found": 7, "dropped": 2}, "two are set aside"
     assert "$4$" not in set(read(settings, "train")["solution"])
 
 
@@ -245,6 +295,7 @@ def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
         ({"answer_column": "solution"}, r"no column 'solution' \(solution\), only \['problem', 'answer', 'source'\]"),
         ({"validation_per_source": 7}, "validation_per_source is 7, and source '.*' has 6 problems. Lower it"),
         ({"max_always_solved": -1}, "max_always_solved is -1. Set it to 0 or more"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0. Set it to 1 or more, or to None"),
         ({"reward_func": "nothing"}, "There is no reward function 'nothing'"),
         ({"hub_dataset_id": "me/data"}, "hub_dataset_id is 'me/data', and nobody is logged in. Run `hf auth login`"),
         ({"hub_dataset_id": "me/my data"}, "me/my data"),
@@ -274,16 +325,20 @@ def test_the_recipe_is_the_papers():
 
 @pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the paper's data are not there")
 def test_the_papers_data(tmp_path):
-    settings = {"output_dir": str(tmp_path), "num_correct_column": "level"}
-    main(
-        PreparationArguments(
-            **settings, dataset_name=[f"{PAPER_DATA}/all_data.parquet"], test_sets=[f"{PAPER_DATA}/test.json"]
-        )
-    )
+    """The published configuration leaves the paper's 10,240 problems, none of them longer than the recipes allow."""
+    recipe = yaml.safe_load((ROOT / "recipes/prepare_data_published.yaml").read_text())
+    settings = recipe | {
+        "dataset_name": [f"{PAPER_DATA}/all_data.parquet"],
+        "test_sets": [f"{PAPER_DATA}/test.json"],
+        "output_dir": str(tmp_path),
+    }
+    main(PreparationArguments(**settings))
     train, validation = read(settings, "train"), read(settings, "validation")
     test = pd.read_json(PAPER_DATA / "test.json", lines=True)
-    assert len(keys(train)) == len(train) > 12_000
+    assert len(keys(train)) == len(train) == 10_240
     assert not keys(train) & keys(validation)
     assert not (keys(train) | keys(validation)) & keys(test)
     assert validation["source"].value_counts().to_dict() == dict.fromkeys(["aime", "amc", "math", "omni_math"], 128)
-    assert (pd.concat([train, validation])["accuracy"] == 1).sum() == 2000
+    assert (train["accuracy"] == 1).sum() == 2000
+    counts = json.loads((tmp_path / "report.json").read_text())["counts"]
+    assert counts["too_long"] == {"limit": "6,000 characters", "dropped": 1}

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import weakref
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -10,7 +11,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from trl import ModelConfig, TrlParser
 
@@ -32,8 +35,15 @@ BLOCKS = {
     "grpo_ts": {"temperature_schedule": "entropy", "annealing_start": None},
     "grpo_ts_an": {"temperature_schedule": "entropy"},
     "dapo": {"dynamic_sampling": True, "max_resample_rounds": 10, "epsilon_high": 0.28, "loss_type": "dapo"},
-    "prepo": {"prompt_selection_ratio": 0.2, "entropy_weighting": True, "num_train_epochs": 15},
+    "prepo": {
+        "prompt_selection_ratio": 0.2,
+        "entropy_weighting": True,
+        "num_train_epochs": 15,
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+    },
 }
+PAPERS_RUNS = {"grpo", "grpo_er", "grpo_ts", "grpo_ts_an", "dapo", "e3"}
 
 
 def parse(path: Path, *arguments: str) -> tuple[E3ScriptArguments, E3GRPOConfig, ModelConfig]:
@@ -75,7 +85,7 @@ def test_paper_recipes_have_the_papers_numbers(path):
     assert rows_per_update(args, processes) == 512
     assert prompts == 64
     assert args.num_train_epochs * (10_240 // round(prompts / args.prompt_selection_ratio)) == 480
-    assert args.vllm_max_model_length >= 2048 + args.max_completion_length
+    assert args.vllm_max_model_length >= PreparationArguments.max_prompt_tokens + args.max_completion_length
     assert processes % args.vllm_tensor_parallel_size == 0
     paper = 5e-6 if "1.5B" in model.model_name_or_path else 2e-6
     assert args.learning_rate == pytest.approx(10 * paper if model.use_peft else paper)
@@ -86,6 +96,20 @@ def test_paper_recipes_have_the_papers_numbers(path):
     assert (args.max_completion_length, args.beta, args.temperature) == (6144, 0.0, 1.0)
     assert args.loss_type == ("dapo" if "dapo" in path.name else "grpo")
     assert args.vllm_enable_sleep_mode
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if yaml.safe_load(path.read_text()).get("use_vllm")],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_vllm_recipes_choose_their_importance_weights(path):
+    """None did, and TRL's default weighs whole completions: most of it is noise at 6,144 tokens, and not in Eq. 1."""
+    _, args, _ = parse(path)
+    assert "vllm_importance_sampling_correction" in yaml.safe_load(path.read_text())
+    assert args.vllm_importance_sampling_correction == (path.stem.removeprefix("config_") not in PAPERS_RUNS)
+    if args.vllm_importance_sampling_correction:
+        assert args.vllm_importance_sampling_mode == "token_truncate"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +209,49 @@ def test_a_layer_keeps_the_activations_that_the_formula_says():
         layer(hidden, attention_mask=mask, position_embeddings=rotary)
     elements = sum(storage.nbytes() for storage in kept.values()) / 2 / tokens
     assert elements == pytest.approx(elements_per_layer(config), rel=0.05)
+
+
+class LargestMemory(TorchDispatchMode):
+    """Most bytes that were alive at once, of storages that came into being under it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {parameter.data_ptr() for parameter in model.parameters()}
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return output
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_evaluations_forward_pass_holds_what_the_formula_says(lora):
+    """Evaluation was not in the table, and 16 rows of it are more than training needs on the GPU of 24 GB."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    from recipes.memory import evaluation_bytes_per_token
+
+    config = Qwen2Config(
+        hidden_size=128, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        vocab_size=64,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    model = Qwen2ForCausalLM(config).to(torch.float32 if lora else torch.bfloat16).eval()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).base_model.model
+    rows, tokens = 4, 256
+    ids, mask = torch.ones(rows, tokens, dtype=torch.long), torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, :3] = 0  # one row is shorter
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), LargestMemory(model) as memory:
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    expected = rows * tokens * evaluation_bytes_per_token(config, lora) + rows * tokens**2
+    assert memory.most == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

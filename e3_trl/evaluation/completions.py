@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ..rewards.accuracy import load_reward_func
 from ..runs.describe import write_json
@@ -95,6 +102,37 @@ class SamplingConfig:
             self.use_vllm = installed
 
 
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str | list[dict[str, str]]], apply_chat_template: bool
+) -> list[list[int]]:
+    """
+    Tokens of `prompts`, as a model reads them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        prompts (`list[str | list[dict[str, str]]]`): texts or conversations.
+        apply_chat_template (`bool`): whether texts go through the chat template too, as a user's message.
+
+    Raises:
+        `ValueError`: if the tokenizer has no chat template and needs one.
+    """
+    if not apply_chat_template and all(isinstance(prompt, str) for prompt in prompts):
+        return tokenizer(prompts)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"apply_chat_template is {apply_chat_template}, and {tokenizer.name_or_path} has no chat template. "
+            "Set it to False and give problems as plain text, or add a template to the tokenizer."
+        )
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for prompt in prompts
+    ]
+
+
 class CompletionSampler:
     """
     Samples completions of a model, and goes on where a killed run stopped. The weights are loaded when they are first
@@ -121,7 +159,7 @@ class CompletionSampler:
             )
         self.model, self.config = model, config
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self._prompts = self._tokenize(prompts)
+        self._prompts = tokenize_prompts(self.tokenizer, prompts, config.apply_chat_template)
         longest = max(self._prompts, key=len)
         context = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
         if len(longest) >= context:
@@ -130,23 +168,6 @@ class CompletionSampler:
                 f"{self.tokenizer.decode(longest)[:80]!r}... Drop it, or take a model with a longer context."
             )
         self._max_model_length = min(context, len(longest) + config.max_completion_length)
-
-    def _tokenize(self, prompts: list[str | list[dict[str, str]]]) -> list[list[int]]:
-        if not self.config.apply_chat_template and all(isinstance(prompt, str) for prompt in prompts):
-            return self.tokenizer(prompts)["input_ids"]
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"apply_chat_template is {self.config.apply_chat_template}, and {self.model} has no chat template. "
-                "Set it to False and give problems as plain text, or add a template to the tokenizer."
-            )
-        return [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-            for prompt in prompts
-        ]
 
     def sample(self, seed: int, path: str | Path) -> list[dict]:
         """

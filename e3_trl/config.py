@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from .method.budget import RolloutBudgetSchedule
 from .method.temperature import TemperatureSchedule
-from .runs.scrub import without_secrets
+from .scrub import without_secrets
 
 
 def _installed_version(package: str) -> Version | None:

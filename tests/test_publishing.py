@@ -18,7 +18,7 @@ from trl import ModelConfig
 
 from e3_trl import E3GRPOConfig
 from e3_trl.runs.publishing import HubError, complete_model_card, publish
-from e3_trl.runs.scrub import without_secrets
+from e3_trl.scrub import without_secrets
 from recipes.prepare_data import push as push_dataset
 from recipes.train import E3ScriptArguments, main
 

@@ -17,8 +17,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
+from ..scrub import without_secrets
 from .checkpoint import last_complete_checkpoint
-from .scrub import without_secrets
 
 
 ARGS_FILE = "training_args.json"

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..scrub import without_secrets
 from .describe import ARGS_FILE, REPORT_FILE, read_benchmarks, read_report, write_json
-from .scrub import without_secrets
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"

@@ -62,7 +62,8 @@ def assert_same_advantages(two_ranks, expected):
     for whole, (first, second) in zip(expected, halves, strict=True):
         (forced, values), (completions, found) = (zip(*sorted(rows), strict=True) for rows in (whole, first + second))
         assert completions == forced
-        assert found == pytest.approx(values, abs=1e-6)
+        # Of values above 1, a few roundings in float32: weights by entropy come from rows padded to other lengths.
+        assert found == pytest.approx(values, rel=1e-6, abs=1e-6)
 
 
 def assert_same_update(start, one, other, rel):

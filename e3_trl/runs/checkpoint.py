@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..rollouts.telemetry import FILE_NAME as ROLLOUTS_FILE
 
@@ -71,6 +72,29 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         if is_complete(folder) and (owner is None or run_id(folder) in (owner, None))
     ]
     return str(max(folders, key=_step)) if folders else None
+
+
+def check_weights(folder: str | Path, names: set[str]) -> None:
+    """
+    Raise `ValueError` if the weights in the checkpoint `folder` have none of the model's `names`. transformers saves
+    some models (LLaVA and others with images) under the names of older versions, and its Trainer, which loads them by
+    name, then goes on with the weights that the run began with.
+    """
+    path = Path(folder) / SAFE_WEIGHTS_NAME
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if path.exists():
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+    elif index.exists():
+        saved = set(json.loads(index.read_text())["weight_map"])
+    else:
+        return  # an adapter, or DeepSpeed's own format
+    if not saved & names:
+        raise ValueError(
+            f"{folder} holds weights by other names than the model's, such as {min(saved)!r}: transformers saves this "
+            "model under older names, and cannot resume it. Start a new run from the checkpoint "
+            f"(model_name_or_path: {folder})."
+        )
 
 
 def run_id(folder: str | Path) -> str | None:

@@ -41,6 +41,7 @@ def choose_checkpoint(trainer, resume_from_checkpoint: str | bool | None) -> str
             )
     if not resume_from_checkpoint:
         return None
+    checkpoints.check_weights(resume_from_checkpoint, set(trainer.model.state_dict()))
     plugin = trainer.accelerator.state.deepspeed_plugin
     if checkpoints.is_resharded(resume_from_checkpoint, trainer.accelerator.num_processes, plugin is not None):
         plugin.deepspeed_config["checkpoint"] = {"load_universal": True}

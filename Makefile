@@ -7,7 +7,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 BIN := .venv/bin
 RUN := outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: install test quality quickstart quickstart-compare benchmark push
+.PHONY: install test quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
 
 install: .venv/installed
 
@@ -38,6 +38,20 @@ test: install
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The suite on the oldest and on the newest versions that setup.cfg allows, without vLLM, which has its own cap on
+# transformers. Only torch is that of `install`: other CPU builds are not on PyPI.
+compat: compat-oldest compat-newest
+
+compat-oldest compat-newest: compat-%:
+	test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --upgrade pip
+	.venv-$*/bin/pip install --quiet torch==2.13.0+cpu || .venv-$*/bin/pip install --quiet torch==2.13.0
+	echo torch==2.13.0 > .venv-$*/constraints.txt
+	$(if $(filter oldest,$*),sed -nE '/torch/! s/^    ([a-z-]+)>=([0-9.]+).*/\1==\2.*/p' setup.cfg >> .venv-$*/constraints.txt)
+	.venv-$*/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-$*/constraints.txt \
+	  --editable '.[deepspeed,figures,dev]'
+	.venv-$*/bin/python -m pytest
 
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py

@@ -22,12 +22,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import httpx
 import matplotlib
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 from huggingface_hub import DatasetCardData, HfApi, get_token
+from huggingface_hub.errors import HTTPError  # of httpx in huggingface_hub 1, of httpx2 in 2
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from trl import TrlParser
@@ -344,7 +344,7 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, repo_type="dataset", exist_ok=True)
         files = ["README.md", "*.parquet", "report.json", "difficulty.png"]
         api.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", allow_patterns=files)
-    except (httpx.HTTPError, OSError, RuntimeError) as error:  # a failed upload of a large file is a RuntimeError
+    except (HTTPError, OSError, RuntimeError) as error:  # a failed upload of a large file is a RuntimeError
         raise SystemExit(
             f"hub_dataset_id is {name!r}, and it could not be pushed: {error}\nThe dataset is in {folder}. Log in "
             "with `hf auth login` (a token that may write), and run the same command again."

@@ -6,9 +6,10 @@ import os
 import re
 from pathlib import Path
 
-import httpx
 from huggingface_hub import ModelCard, auth_check, constants, create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError
+
+# Its HTTPError is the one that its client raises: httpx's in huggingface_hub 1, httpx2's in 2.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -156,8 +157,8 @@ def _explained(what: str):
     try:
         yield
     # A failed upload of a large file is a RuntimeError, its cause what the Hub answered.
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
-        cause = error if isinstance(error, httpx.HTTPError) else error.__cause__ or error
+    except (HTTPError, OSError, RuntimeError) as error:
+        cause = error if isinstance(error, HTTPError) else error.__cause__ or error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         refused = f"It was refused with status {status}, for the reason above."
         remedy = {

@@ -5,7 +5,7 @@ from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
 from trl import GRPOConfig
 
-from e3_trl import E3GRPOConfig, E3GRPOTrainer
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
 from e3_trl.runs.validation import check_run
 
 
@@ -88,11 +88,6 @@ def with_column(name, values):
         (make_dataset(7), {}, "train_dataset has 7 prompts, fewer than the 8 .*num_generations 8.*Add prompts"),
         (
             make_dataset().to_iterable_dataset(),
-            {"max_steps": 3},
-            "rollout_allocation is 'rank', but train_dataset is a IterableDataset.*'uniform'",
-        ),
-        (
-            make_dataset().to_iterable_dataset(),
             {"rollout_allocation": "uniform"},
             "annealing_start is 0.6, but max_steps is -1.*Set max_steps",
         ),
@@ -118,6 +113,15 @@ def test_data(tmp_path, dataset, settings, message):
     config = make_config(tmp_path, per_device_train_batch_size=64, **settings)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         E3GRPOTrainer(NO_MODEL, vowel_reward, config, dataset)
+
+
+def test_a_stream_cannot_be_ranked_and_trains_without(make_trainer):
+    """As in TRL, whose users change the class name alone."""
+    message = "rollout_allocation is 'rank', but train_dataset is a IterableDataset.*'uniform'"
+    with pytest.warns(UserWarning, match=message):
+        trainer = make_trainer(train_dataset=make_dataset().to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert {row["rollouts"] for row in read_rollouts(trainer.args.output_dir)} == {4}
 
 
 def test_without_data_trls_own_message_stands(make_trainer):

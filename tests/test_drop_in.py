@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 import trl
 from conftest import logged, make_dataset, vowel_reward
 from datasets import Dataset
@@ -17,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
-from e3_trl import E3GRPOConfig, RolloutBudgetSchedule, TemperatureSchedule, read_rollouts
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, read_rollouts
 from e3_trl.rollouts.rollout_func import misplaced_row
 from e3_trl.runs.checkpoint import dataset_fingerprint
 
@@ -213,7 +214,7 @@ def tool_tokenizer(model_path):
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_an_environment_that_owns_its_data_trains_for_several_passes(make_trainer, tool_tokenizer):
     """The second pass was an AttributeError: 'NoneType' object has no attribute 'rerank'."""
-    with pytest.warns(UserWarning, match="the environment makes the prompts.*cannot be ranked"):
+    with pytest.warns(UserWarning, match="is made by the environment has no index and cannot be ranked"):
         trainer = make_trainer(
             environment_factory=Environment,
             train_dataset=None,
@@ -276,6 +277,15 @@ def test_a_reward_model_can_be_the_correctness_signal(make_trainer, reward_model
     assert (sums % 1 != 0).any(), "not the 0 and 1 of the first"
     with pytest.raises(ValueError, match=r"difficulty_reward_func is 'jury'.*\['vowel_reward', 'judge'\]"):
         make_trainer(reward_funcs=[vowel_reward, reward_model], difficulty_reward_func="jury")
+
+
+def test_rewards_that_a_subclass_makes_without_super_are_named(make_trainer):
+    class Mine(E3GRPOTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            return torch.ones(len(prompts), 1)
+
+    with pytest.raises(RuntimeError, match="_calculate_rewards is overridden without a call of super"):
+        make_trainer(Mine, max_steps=1).train()
 
 
 # --- batches and steps that do not line up

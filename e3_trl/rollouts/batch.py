@@ -114,6 +114,11 @@ class GenerationBatch:
     @property
     def rewards(self) -> torch.Tensor:
         """Rewards of each row that was sampled, shape `(M, num_funcs)`."""
+        if self.round.rewards is None:
+            raise RuntimeError(
+                "_calculate_rewards is overridden without a call of super(), so the rewards did not arrive where they "
+                "are counted. Call super()._calculate_rewards, and change what it returns."
+            )
         return torch.cat([one.rewards for one in self.rounds])
 
     def of_kept(self, values):

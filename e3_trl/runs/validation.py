@@ -73,16 +73,13 @@ def check_run(
             f"annealing_start is {args.annealing_start}, but max_steps is {args.max_steps} and the dataset has no "
             "length. Set max_steps, or set annealing_start to None."
         )
-    if args.rollout_allocation == "rank" and isinstance(train_dataset, IterableDataset):
-        raise ValueError(
-            f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: prompts without an "
-            "index cannot be ranked. Load it as a `Dataset` (streaming off), or set rollout_allocation to 'uniform'."
-        )
-    if args.rollout_allocation == "rank" and train_dataset is None and not fixed_columns:
+    has_prompts = train_dataset is not None or not fixed_columns
+    if args.rollout_allocation == "rank" and not sized and has_prompts:
+        origin = "comes as a stream" if train_dataset is not None else "is made by the environment"
         warnings.warn(
-            "rollout_allocation is 'rank', but the environment makes the prompts, which have no index and cannot be "
-            "ranked: every prompt will get num_generations rollouts. Pass a train_dataset, or set rollout_allocation "
-            "to 'uniform'.",
+            f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: a prompt that "
+            f"{origin} has no index and cannot be ranked, so each will get num_generations rollouts. Load a `Dataset` "
+            "(streaming off), or set rollout_allocation to 'uniform'.",
             stacklevel=3,
         )
     prompts_per_batch = args.generation_batch_size // args.num_generations

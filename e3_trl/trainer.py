@@ -102,6 +102,14 @@ class E3GRPOTrainer(GRPOTrainer):
             }"""),
     }
 
+    run_id: str | None = None
+    num_generation_batches = 0
+    inside_optimizer_step = False
+    _train_sampler: RolloutBudgetSampler | None = None
+    _batch: GenerationBatch | None = None
+    _evaluation: Evaluation | None = None
+    _logps: torch.Tensor | None = None
+
     def __init__(
         self,
         model,
@@ -131,14 +139,7 @@ class E3GRPOTrainer(GRPOTrainer):
             difficulty = initial_difficulty(args.difficulty_column, train_dataset)
             self.difficulty_tracker = DifficultyTracker(len(train_dataset), difficulty)
             self.dataset_id = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
-        self.run_id: str | None = None
         self.rollout_log = RolloutLog(args.output_dir)
-        self.num_generation_batches = 0
-        self.inside_optimizer_step = False
-        self._train_sampler: RolloutBudgetSampler | None = None
-        self._batch: GenerationBatch | None = None
-        self._evaluation: Evaluation | None = None
-        self._logps: torch.Tensor | None = None
         checks = EngineCheckCallback(self, [train_dataset, *eval_list])
         data = train_dataset, eval_dataset, processing_class, reward_processing_classes
         with server_errors_named(args, model):

@@ -7,6 +7,7 @@ All kinds of calls take turns on one engine; the ratios are of calls that stood 
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, allocate_rollouts
-from e3_trl.rollouts.vllm import request_seeds
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from recipes.quickstart.prepare import make_tokenizer
 
 
@@ -89,11 +92,11 @@ def main(args: argparse.Namespace) -> None:
             prompts = rng.integers(2, vocab_size, size=(args.num_prompts, args.prompt_length)).tolist()
             prompt_ids = np.repeat(np.arange(args.num_prompts), repeats)
             generation.llm.generate = engine
-            generation.seeds = request_seeds(0, int(rng.integers(1 << 30)), prompt_ids)
             generation.seed_requests = seeded
-            start = time.perf_counter()
-            completions = generation.generate([prompts[i] for i in prompt_ids], None, NUM_GENERATIONS)[1]
-            seconds = time.perf_counter() - start
+            with generation.seeded([int(rng.integers(1 << 30))], prompt_ids):
+                start = time.perf_counter()
+                completions = generation.generate([prompts[i] for i in prompt_ids], None, NUM_GENERATIONS)[1]
+                seconds = time.perf_counter() - start
             assert sum(map(len, completions)) == rows * args.completion_length
             return seconds
 

@@ -49,7 +49,7 @@ def clocked(owner: type, name: str, clock: dict[str, float]) -> None:
 
 def step_shares(steps: int) -> list[float]:
     """Share of each step that is spent in E3's code: its overrides less what they call in TRL, budgets, callback."""
-    hooks = ["_calculate_rewards", "_generate_and_score_completions", "_compute_loss"]
+    hooks = ["_calculate_rewards", "_generate", "_generate_and_score_completions", "_compute_loss"]
     clock: dict[str, float] = defaultdict(float)
     # TRL's side first: its clock has to lie inside of E3's.
     for owner, names in {

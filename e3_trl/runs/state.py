@@ -54,7 +54,10 @@ def begin_run(trainer, old_id: str | None = None, step: int = 0) -> None:
     if trainer.args.should_save:
         moved = checkpoints.enter_folder(trainer.args.output_dir, trainer.run_id, old_id, step)
         if moved is not None:
-            logger.warning(f"output_dir held another run, or later steps of this one. They are in {moved} now.")
+            logger.warning(
+                f"output_dir held another run, or later steps of this one. They are in {moved} now: delete it if "
+                "nobody needs it."
+            )
 
 
 def save_run(trainer, folder: str) -> None:

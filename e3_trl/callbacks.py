@@ -20,9 +20,14 @@ class PassCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self._is_first = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._is_first = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_pass()
+        self.trainer.begin_pass(is_next=not self._is_first)
+        self._is_first = False
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
 

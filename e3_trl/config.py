@@ -80,11 +80,11 @@ class E3GRPOConfig(GRPOConfig):
         > Parameters that control generation with vLLM
 
         vllm_request_seeds (`bool`, *optional*, defaults to `False`):
-            Whether every completion of a colocated vLLM is drawn with a seed of its own, made from `seed`, the
-            generation batch, the prompt and the copy, so that it does not depend on what it is batched with. vLLM then
-            samples row by row, which costs 15% of its speed with 2,048 tokens in the vocabulary and half of it with
-            32,768 (on a CPU, `benchmarks/generation.py`). Without it each call of an engine is seeded as a whole: at
-            no cost, a run that is resumed or repeated on as many ranks still draws the same completions.
+            Whether every completion of a colocated vLLM is drawn with a seed of its own, in training made from `seed`,
+            the generation batch, the prompt and the copy, so that it does not depend on what it is batched with. vLLM
+            then samples row by row, which costs 15% of its speed with 2,048 tokens in the vocabulary and half of it
+            with 32,768 (on a CPU, `benchmarks/generation.py`). Without it each call of an engine is seeded as a
+            whole: at no cost, a run that is resumed or repeated on as many ranks still draws the same completions.
 
         > Parameters that control the temperature schedule
 

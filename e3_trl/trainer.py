@@ -75,12 +75,11 @@ class E3GRPOTrainer(GRPOTrainer):
 
     ```python
     from datasets import load_dataset
-    from e3_trl import E3GRPOConfig, E3GRPOTrainer
-    from trl.rewards import accuracy_reward
+    from e3_trl import E3GRPOConfig, E3GRPOTrainer, math_accuracy_reward
 
     trainer = E3GRPOTrainer(
         model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-        reward_funcs=accuracy_reward,
+        reward_funcs=math_accuracy_reward,
         args=E3GRPOConfig(output_dir="outputs/e3", loss_type="grpo", gradient_accumulation_steps=64),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     )
@@ -104,6 +103,7 @@ class E3GRPOTrainer(GRPOTrainer):
 
     run_id: str | None = None
     num_generation_batches = 0
+    saved_step, sampled_step = 0, -1
     inside_optimizer_step = False
     _train_sampler: RolloutBudgetSampler | None = None
     _batch: GenerationBatch | None = None
@@ -185,10 +185,12 @@ class E3GRPOTrainer(GRPOTrainer):
         """Log a number with TRL's own metrics, as the mean over the logging interval."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def begin_pass(self) -> None:
-        """Put new ranks and wider bounds in force, if all batches of the pass before have been scored."""
-        if self._train_sampler is not None:
-            self._train_sampler.begin_pass(self.num_generation_batches // self._train_sampler.num_batches)
+    def begin_pass(self, is_next: bool = False) -> None:
+        """Put new ranks and wider bounds in force if it is a new pass: the batches say so, or the loop (`is_next`)."""
+        sampler = self._train_sampler
+        if sampler is not None:
+            number = self.num_generation_batches // sampler.num_batches
+            sampler.begin_pass(max(number, sampler.epoch + is_next))
 
     def difficulty_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> np.ndarray:
         """Difficulty that the batch's budgets came from, in (0, 1], NaN = not known; of the shape of `prompt_ids`."""
@@ -238,6 +240,7 @@ class E3GRPOTrainer(GRPOTrainer):
             output["advantages"] = batch.advantages[batch.share]
             self._logs["advantages"].extend(batch.advantages.tolist())
         self.num_generation_batches += 1
+        self.sampled_step = self.state.global_step
         return output
 
     @contextmanager
@@ -257,7 +260,7 @@ class E3GRPOTrainer(GRPOTrainer):
         with self.vllm_generation.seeded(key, batch.round.prompt_ids) if self.use_vllm else nullcontext():
             output = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, *_ = output
-        if self.rollout_func is not None:
+        if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation == "rank":
             check_rollouts(prompts, self._tokenize_prompts(prompts)[0], prompt_ids)
         lengths = [len(ids) for ids in completion_ids] if tool_mask is None else [sum(mask) for mask in tool_mask]
         batch.round.lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
@@ -292,7 +295,7 @@ class E3GRPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = output[0]
+        self._logps = output[0].detach()
         return output
 
     def _compute_loss(self, model, inputs):
@@ -302,10 +305,7 @@ class E3GRPOTrainer(GRPOTrainer):
         self.inside_optimizer_step = not self.accelerator.sync_gradients
         if self.accelerator.sync_gradients:
             self.add_metric("temperature", self.temperature)
-        # With the correction TRL logs it, from a forward pass of its own. After an update the policy is another one.
-        is_logged = "sampling_per_token_logps" not in inputs or self.vllm_importance_sampling_correction
-        if not is_logged and self.state.global_step == self._last_loaded_step:
-            log_engine_health(self, logps, inputs, mask)
+        log_engine_health(self, logps, inputs, mask)
         if self.model.training and self.temperature_schedule is not None:
             num_tokens = self.accelerator.reduce(mask.sum(), reduction="sum").item()
             self.entropy_window.add(self._metrics["train"]["entropy"][-1], num_tokens)
@@ -317,6 +317,10 @@ class E3GRPOTrainer(GRPOTrainer):
         is_text = not self._is_vlm and self.environment_factories is None and self.rollout_func is None
         evaluation = self._evaluation = Evaluation(dataloader, ahead=self.use_vllm and is_text)
         key = [self.args.seed, 1, self.num_generation_batches]
+        if evaluation.is_waiting:  # its batches are read before the loop, which could not tell the last one
+            self.gather_function = self.accelerator.gather
+        if not self.is_in_train:  # the best weights, say, are of no step that the engine knows
+            self._last_loaded_step = -1
         try:
             with (
                 self.live_temperature.at(self.args.eval_temperature or self.args.temperature),
@@ -370,10 +374,5 @@ class E3GRPOTrainer(GRPOTrainer):
         on_hub = dataset_name is not None and not os.path.exists(dataset_name)
         super().create_model_card(model_name, dataset_name if on_hub else None, tags)
         if self.is_world_process_zero():
-            origin = {
-                "model_name_or_path": self.model.config._name_or_path,
-                "reward_funcs": ", ".join(self.reward_func_names),
-                **self.dataset_id,
-            }
-            describe_run(self.args.output_dir, self.args, self.state, origin)
+            describe_run(self)
             complete_model_card(self.args.output_dir)

@@ -251,6 +251,24 @@ def test_rows_of_a_rollout_function_for_other_prompts_are_noticed(make_trainer, 
     assert trainer.state.global_step >= 4, "groups of equal size are right by chance"
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("allocation", ["uniform", "rank"])
+def test_a_rollout_function_may_have_one_prompt_for_all(make_trainer, allocation):
+    """A dataset of task ids, whose environment writes the prompt; and log-probs without vLLM."""
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(["say a:"] * len(prompts))["input_ids"]
+        completions, _ = trainer._generate_single_turn(ids, None, {}, 1)
+        logprobs = [[-1.0] * len(row) for row in completions]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logprobs}
+
+    trainer = make_trainer(
+        rollout_func=rollout, rollout_allocation=allocation, vllm_importance_sampling_correction=False, max_steps=5
+    )
+    trainer.train()
+    assert len(logged(trainer, "sampling/sampling_logp_difference/mean")) == 5
+
+
 def test_a_rollout_function_may_make_tokens_of_its_own():
     prompts, own = ["a", "a", "b", "b"], [[1], [1], [2], [2]]
     assert misplaced_row(prompts, own, [[7, 1], [7, 1], [7, 2], [7, 2]]) is None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import logged, make_dataset
 from safetensors.numpy import load_file
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
@@ -324,12 +325,87 @@ def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_st
         ({"num_generations": 8}, "num_generations is 8, and was 4 when .*checkpoint-6 was saved.*Set it to 4"),
         ({"seed": 3}, "seed is 3, and was 7"),
         ({"per_device_train_batch_size": 32}, "generation_batch_size is 32, and was 16"),
+        # The data would go on at another place of the pass than the budgets.
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+            r"gradient_accumulation_steps / steps_per_generation is 2.0, and was 1.0",
+        ),
         ({"temperature": 0.5}, "temperature is 0.5, and was 1.0 .* schedule, which began there, is at .* Set it to"),
     ],
 )
 def test_a_setting_that_a_run_cannot_change_is_refused(make_trainer, checkpoint, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_generation_batch_that_is_under_way_cannot_be_cut_anew(make_trainer):
+    """Half of its completions were dropped, and the run went on."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    make_trainer(**settings, per_device_train_batch_size=4, steps_per_generation=4, max_steps=3).train()
+    cut_anew = settings | {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 8, and was 4"):
+        make_trainer(**cut_anew, steps_per_generation=2).train(resume_from_checkpoint=True)
+
+
+def test_a_trainer_that_trains_again_begins_again(make_trainer):
+    """Ctrl-C and `train()` in a notebook: difficulty, temperature and annealing went on from the first run."""
+    trainer = make_trainer(max_steps=6)
+    trainer.train()
+    first = trainer.run_id, trainer.difficulty_tracker.num_rollouts.sum(), trainer.temperature
+    assert first[2] != 1.0
+    trainer.train()
+    assert trainer.run_id != first[0]
+    assert trainer.difficulty_tracker.num_rollouts.sum() == first[1]
+    assert trainer.num_generation_batches == 6
+    assert trainer.temperature_schedule.step_count == 6
+    again = rows(trainer)
+    assert {row["step"] for row in again} == {1, 2, 3, 4, 5, 6}
+    assert [row["temperature"] for row in again[:8]] == [1.0] * 8
+    assert {row["rollouts"] for row in again[:16]} == {4}
+
+
+def test_an_epoch_that_a_callback_ends_is_a_pass_of_its_own(make_trainer):
+    """The next one had the same prompts again."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step % 2 == 0
+
+    trainer = make_trainer(max_steps=4, callbacks=[Stop()])
+    trainer.train()
+    prompts = [{row["prompt_id"] for row in rows(trainer) if row["step"] in steps} for steps in ((1, 2), (3, 4))]
+    assert prompts[0] != prompts[1]
+
+
+def test_a_checkpoint_in_the_folder_of_the_new_run_is_no_model_to_begin_with(make_trainer):
+    old = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    old.train()
+    model = f"{old.args.output_dir}/checkpoint-2"
+    with pytest.raises(
+        ValueError, match="checkpoint-2, a checkpoint in output_dir .* Set another output_dir, or resume"
+    ):
+        make_trainer(model=model).train()
+    make_trainer(model=model, output_dir="other", max_steps=1).train()
+
+
+def test_folders_of_the_users_are_no_checkpoints(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    run = make_trainer(max_steps=2, **settings)
+    run.train()
+    best = Path(run.args.output_dir) / "checkpoint-best"
+    shutil.copytree(Path(run.args.output_dir) / "checkpoint-2", best)
+    make_trainer(max_steps=3, **settings).train(resume_from_checkpoint=True)
+    make_trainer(max_steps=1).train()
+    assert best.exists()
+
+
+def test_the_best_checkpoint_of_a_run_that_trl_began_stays_where_it_is(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    grpo = make_trainer(GRPOTrainer, GRPOConfig, **settings | {"max_steps": 4})
+    grpo.train()
+    make_trainer(**settings).train(resume_from_checkpoint=f"{grpo.args.output_dir}/checkpoint-4")
+    make_trainer(**settings | {"max_steps": 7}).train(resume_from_checkpoint=True)
+    assert steps_of(Path(grpo.args.output_dir)) == [2, 4, 6, 7]
 
 
 def test_a_constant_temperature_that_was_changed_is_obeyed(make_trainer):

@@ -101,6 +101,11 @@ class TemperatureSchedule:
         self.temperature_max = temperature_max
         self.step_count = 0
         self._warmup_entropies: list[float] = []
+        self._start = self.state_dict()
+
+    def reset(self) -> None:
+        """Begin again, for a run that begins again."""
+        self.load_state_dict(self._start)
 
     @property
     def target_entropy(self) -> float | None:

@@ -24,9 +24,11 @@ def misplaced_row(prompts: list, prompt_ids: list[list[int]], returned_ids: list
     """
     The first row that came back for another prompt than it was asked for; `None` if no row can be said to have.
 
-    A rollout function may make the tokens of a prompt in a way of its own; but rows of different prompts do not come
-    back with the same ones.
+    A rollout function may make the tokens of a prompt in a way of its own, or have one prompt for all; but where it
+    has several, rows of different prompts do not come back with the same one.
     """
+    if len(set(map(tuple, returned_ids))) == 1:
+        prompts = prompts if tuple(returned_ids[0]) in set(map(tuple, prompt_ids)) else prompts[:1] * len(prompts)
     owner = {tuple(ids): row for row, ids in reversed(list(enumerate(prompt_ids)))}
     first: dict[tuple[int, ...], int] = {}
     for row, (own, returned) in enumerate(zip(map(tuple, prompt_ids), map(tuple, returned_ids), strict=True)):

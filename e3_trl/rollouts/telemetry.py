@@ -143,6 +143,7 @@ def log_rollouts(trainer, batch: GenerationBatch) -> None:
 def log_engine_health(trainer, logps: torch.Tensor, inputs: dict, mask: torch.Tensor) -> None:
     """
     Log how far vLLM, which sampled, is from the model that trains: the mean and the largest difference of log-probs.
+    With its importance sampling correction TRL does, from a forward pass of its own.
 
     Args:
         trainer ([`E3GRPOTrainer`]): the trainer.
@@ -150,7 +151,11 @@ def log_engine_health(trainer, logps: torch.Tensor, inputs: dict, mask: torch.Te
         inputs (`dict`): the micro-batch, with the log-probs that vLLM sampled with, NaN = unknown.
         mask (`torch.Tensor` of shape `(B, T)`): 1 where a token counts.
     """
-    difference = (logps.detach() - inputs["sampling_per_token_logps"]).abs()[mask.bool()]
+    if "sampling_per_token_logps" not in inputs or (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
+        return
+    if trainer.model.training and trainer.state.global_step != trainer.sampled_step:
+        return  # after an update, the policy is another one than sampled
+    difference = (logps - inputs["sampling_per_token_logps"]).abs()[mask.bool()]
     difference = difference[~difference.isnan()]
     largest = difference.max() if len(difference) else difference.new_zeros(())
     local = torch.stack([difference.sum(), difference.new_tensor(float(len(difference))), largest])

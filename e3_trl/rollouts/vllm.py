@@ -107,8 +107,10 @@ def seeded_engine(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        yield
-    np.random.set_state(numpy_state)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
 
 
 class RolloutGeneration(VLLMGeneration):

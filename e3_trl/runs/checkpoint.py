@@ -68,7 +68,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     owner = run_id(output_dir)
     folders = [
         folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        for folder in _checkpoints(output_dir)
         if is_complete(folder) and (owner is None or run_id(folder) in (owner, None))
     ]
     return str(max(folders, key=_step)) if folders else None
@@ -92,8 +92,8 @@ def check_weights(folder: str | Path, names: set[str]) -> None:
     if not saved & names:
         raise ValueError(
             f"{folder} holds weights by other names than the model's, such as {min(saved)!r}: transformers saves this "
-            "model under older names, and cannot resume it. Start a new run from the checkpoint "
-            f"(model_name_or_path: {folder})."
+            "model under older names, and cannot resume it. Start a new run from the checkpoint (model_name_or_path: "
+            f"{folder}), in another output_dir."
         )
 
 
@@ -129,8 +129,8 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
     is_new = step == 0
     foreign = [
         folder
-        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if is_new or _step(folder) > step or run_id(folder) != old_id
+        for folder in _checkpoints(output_dir)
+        if is_new or _step(folder) > step or run_id(folder) not in (old_id, None)
     ]
     if is_new or run_id(output_dir) not in (None, old_id):
         foreign += [path for name in (ROLLOUTS_FILE, TRAINER_STATE_NAME) if (path := output_dir / name).exists()]
@@ -145,6 +145,12 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
             path.replace(folder / path.name)
     _write(output_dir / RUN_FILE, _encode({"run_id": new_id}))
     return folder
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """What transformers takes for checkpoints: a user's `checkpoint-best` is none."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [folder for folder in folders if folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()]
 
 
 def _step(checkpoint: Path) -> int:
@@ -196,9 +202,7 @@ def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> boo
     return deepspeed
 
 
-def load_state(
-    folder: str | Path, dataset: dict, settings: dict | None = None
-) -> tuple[dict, dict[str, np.ndarray]] | None:
+def load_state(folder: str | Path, dataset: dict) -> tuple[dict, dict[str, np.ndarray]] | None:
     """
     Read what [`save_state`] wrote.
 
@@ -206,15 +210,12 @@ def load_state(
         folder (`str` or `Path`): the checkpoint.
         dataset (`dict`):
             `num_prompts` and `fingerprint` of the dataset that the run goes on with. Empty for a stream.
-        settings (`dict`, *optional*):
-            Settings, by name, that a run cannot change on its way.
 
     Returns:
         The state and the arrays, or `None` if the checkpoint holds no E3 state.
 
     Raises:
-        `ValueError`: if a file is damaged or missing, or the state belongs to another dataset or other settings; it
-            says which.
+        `ValueError`: if a file is damaged or missing, or the state belongs to another dataset; it says which.
     """
     path = Path(folder) / STATE_FILE
     if not path.exists():
@@ -234,13 +235,6 @@ def load_state(
                 f"{path} belongs to another dataset: its {name} is {state['dataset'].get(name)}, this run's {value}. "
                 "Resume with the dataset that the run began with, or start a new run."
             )
-    for name, value in (settings or {}).items():
-        saved_value = state.get("settings", {}).get(name, value)
-        if saved_value != value:
-            raise ValueError(
-                f"{name} is {value}, and was {saved_value} when {folder} was saved: what has been counted so far "
-                f"would mean something else. Set it to {saved_value}, or start a new run."
-            )
     path = Path(folder) / DIFFICULTY_FILE
     if not path.exists():
         raise _damaged(path, "the file is missing")
@@ -248,6 +242,17 @@ def load_state(
     if _sha256(data) != sha256["difficulty"]:
         raise _damaged(path, "its checksum is not the one that was saved")
     return state, safetensors.numpy.load(data)
+
+
+def check_settings(folder: str | Path, saved: dict, settings: dict) -> None:
+    """Raise `ValueError` if a setting that a run cannot change on its way was another one when it was saved."""
+    for name, value in settings.items():
+        before = saved.get(name, value)
+        if before != value:
+            raise ValueError(
+                f"{name} is {value}, and was {before} when {folder} was saved: which prompts come when, or what has "
+                f"been counted of them, would no longer be right. Set it to {before}, or start a new run."
+            )
 
 
 def save_window(folder: str | Path, process_index: int, window: list[dict]) -> None:

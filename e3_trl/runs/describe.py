@@ -13,7 +13,6 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
@@ -31,25 +30,31 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def describe_run(folder: str | Path, args: GRPOConfig, state: TrainerState, origin: dict) -> None:
+def describe_run(trainer) -> None:
     """
-    Write `training_args.json` and `report.json` anew: results of another training in the same folder would be wrong.
+    Write `training_args.json` and `report.json` of a run anew: results of another training in the same folder would be
+    wrong. Secrets are left out, however deep they stand.
 
     Args:
-        folder (`str` or `Path`): the run's output folder.
-        args (`GRPOConfig`): the training arguments; secrets are left out, however deep they stand.
-        state (`TrainerState`): step and log of the run.
-        origin (`dict`): what `args` do not say, such as the model and the dataset.
+        trainer ([`E3GRPOTrainer`]): the trainer. Its arguments do not say what model and what data it was given.
     """
-    values, origin = without_secrets(args.to_dict()), without_secrets(origin)
-    write_json(Path(folder) / ARGS_FILE, {**origin, **values})
+    folder, args, state = Path(trainer.args.output_dir), trainer.args, trainer.state
+    origin = without_secrets(
+        {
+            "model_name_or_path": trainer.model.config._name_or_path,
+            "reward_funcs": ", ".join(trainer.reward_func_names),
+            **trainer.dataset_id,
+        }
+    )
+    values = without_secrets(args.to_dict())
+    write_json(folder / ARGS_FILE, {**origin, **values})
     own = {field.name for field in fields(args)} - {field.name for field in fields(GRPOConfig)}
     settings = {name: value for name, value in values.items() if name in own or name in SETTINGS}
     metrics = {}
     for entry in state.log_history:
         metrics |= {k: v for k, v in entry.items() if isinstance(v, float | int) and math.isfinite(v)}
     report = {"seed": args.seed, "step": state.global_step, "settings": {**origin, **settings}, "metrics": metrics}
-    write_json(Path(folder) / REPORT_FILE, report)
+    write_json(folder / REPORT_FILE, report)
 
 
 def read_settings(folder: str | Path) -> dict | None:

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..method.difficulty import DifficultyTracker
 from ..method.temperature import EntropyWindow
 from ..rollouts.vllm import VLLMServerError
 from . import checkpoint as checkpoints
@@ -17,7 +20,6 @@ from . import checkpoint as checkpoints
 
 logger = get_logger(__name__)
 
-# What a run cannot change on its way: which prompts come when, and what is counted of them, depend on it.
 FIXED_SETTINGS = (
     "difficulty_reward_func", "generation_batch_size", "num_generations", "num_iterations", "prompt_selection_ratio",
     "seed", "shuffle_dataset",
@@ -41,15 +43,43 @@ def choose_checkpoint(trainer, resume_from_checkpoint: str | bool | None) -> str
             )
     if not resume_from_checkpoint:
         return None
-    checkpoints.check_weights(resume_from_checkpoint, set(trainer.model.state_dict()))
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which load formats of their own
+        checkpoints.check_weights(resume_from_checkpoint, set(trainer.model.state_dict()))
     plugin = trainer.accelerator.state.deepspeed_plugin
     if checkpoints.is_resharded(resume_from_checkpoint, trainer.accelerator.num_processes, plugin is not None):
         plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
     return resume_from_checkpoint
 
 
-def begin_run(trainer, old_id: str | None = None, step: int = 0) -> None:
+def begin_run(trainer) -> None:
+    """
+    Begin a new run, also with a trainer that has had one.
+
+    Raises:
+        `ValueError`: if the model lies in a checkpoint that would be moved aside for the run.
+    """
+    model, output_dir = Path(trainer.model.config._name_or_path).resolve(), Path(trainer.args.output_dir).resolve()
+    if model.parent == output_dir and model.name.startswith(PREFIX_CHECKPOINT_DIR):
+        raise ValueError(
+            f"model_name_or_path is {model}, a checkpoint in output_dir ({output_dir}), which would be moved aside "
+            "for the new run. Set another output_dir, or resume_from_checkpoint to go on with the old run."
+        )
+    if trainer.num_generation_batches > 0:
+        tracker, schedule = trainer.difficulty_tracker, trainer.temperature_schedule
+        if tracker is not None:
+            trainer.difficulty_tracker = DifficultyTracker(len(tracker.difficulty), tracker.initial_difficulty)
+        if schedule is not None:
+            schedule.reset()
+            trainer.temperature = schedule.temperature
+        trainer.entropy_window.reset()
+        trainer.num_generation_batches = trainer._step = 0
+        trainer._buffered_inputs = None
+    _enter_folder(trainer)
+
+
+def _enter_folder(trainer, old_id: str | None = None, step: int = 0) -> None:
     """Make the output folder that of the run, which is new or goes on from `step` of the run `old_id`."""
+    trainer.saved_step = step
     (trainer.run_id,) = broadcast_object_list([old_id or uuid.uuid4().hex])
     if trainer.args.should_save:
         moved = checkpoints.enter_folder(trainer.args.output_dir, trainer.run_id, old_id, step)
@@ -62,6 +92,7 @@ def begin_run(trainer, old_id: str | None = None, step: int = 0) -> None:
 
 def save_run(trainer, folder: str) -> None:
     """Write E3's part of a checkpoint: of each process its window, of one what all share."""
+    trainer.saved_step = trainer.state.global_step
     if trainer.window_step != 0:
         checkpoints.save_window(folder, trainer.accelerator.process_index, trainer._buffered_inputs)
     if trainer.args.should_save:
@@ -75,7 +106,7 @@ def _state_dict(trainer) -> dict:
     return {
         "run_id": trainer.run_id,
         "dataset": trainer.dataset_id,
-        "settings": {name: getattr(trainer.args, name) for name in (*FIXED_SETTINGS, "temperature")},
+        "settings": _settings(trainer) | _window_settings(trainer) | {"temperature": trainer.args.temperature},
         "num_processes": trainer.accelerator.num_processes,
         "sampler": None if sampler is None else sampler.state_dict(trainer.num_generation_batches),
         "num_generation_batches": trainer.num_generation_batches,
@@ -84,6 +115,20 @@ def _state_dict(trainer) -> dict:
         "temperature_schedule": None if schedule is None else schedule.state_dict(),
         "entropy_window": asdict(trainer.entropy_window),
     }
+
+
+def _settings(trainer) -> dict:
+    """What decides which prompts come when, and what is counted of them: a run cannot change it on its way."""
+    args = trainer.args
+    # A checkpoint is after so many optimizer steps, whose micro-steps are those of so many generation batches.
+    ratio = args.gradient_accumulation_steps / args.steps_per_generation
+    fixed = {name: getattr(args, name) for name in FIXED_SETTINGS}
+    return fixed | {"gradient_accumulation_steps / steps_per_generation": ratio}
+
+
+def _window_settings(trainer) -> dict:
+    """What decides how a generation batch is cut: it cannot change inside one."""
+    return {name: getattr(trainer.args, name) for name in ("per_device_train_batch_size", "steps_per_generation")}
 
 
 def resume_run(trainer, checkpoint: str) -> None:
@@ -98,8 +143,9 @@ def resume_run(trainer, checkpoint: str) -> None:
         for optimizer_state in trainer.optimizer.state.values():
             if "step" in optimizer_state:
                 optimizer_state["step"] = deepcopy(optimizer_state["step"])
-    settings = {name: getattr(trainer.args, name) for name in FIXED_SETTINGS}
-    loaded = checkpoints.load_state(checkpoint, trainer.dataset_id, settings)
+    if trainer.use_vllm:
+        trainer._last_loaded_step = -1  # whatever the step, these are other weights
+    loaded = checkpoints.load_state(checkpoint, trainer.dataset_id)
     step = trainer.state.global_step
     if loaded is None:
         logger.warning(
@@ -107,9 +153,13 @@ def resume_run(trainer, checkpoint: str) -> None:
         )
         micro_steps = step * trainer.args.gradient_accumulation_steps
         loaded = {"num_generation_batches": micro_steps // trainer.window_steps, "window_step": 0}, None
+    saved = loaded[0].get("settings", {})
+    checkpoints.check_settings(checkpoint, saved, _settings(trainer))
+    if loaded[0]["window_step"] != 0:
+        checkpoints.check_settings(checkpoint, saved, _window_settings(trainer))
     _restore(trainer, checkpoint, *loaded)
     _restore_temperature(trainer, checkpoint, loaded[0])
-    begin_run(trainer, checkpoints.run_id(checkpoint), step)  # after the checks: what is refused loses no rows
+    _enter_folder(trainer, checkpoints.run_id(checkpoint), step)  # after the checks: what is refused loses no rows
     if trainer.accelerator.is_main_process:
         trainer.rollout_log.resume(step)
 
@@ -154,9 +204,6 @@ def saved_if_the_server_is_lost(trainer) -> Iterator[None]:
     try:
         yield
     except VLLMServerError:
-        saved = checkpoints.last_complete_checkpoint(trainer.args.output_dir) or ""
-        trainer.accelerator.wait_for_everyone()
-        is_new = trainer.state.global_step > 0 and not saved.endswith(f"-{trainer.state.global_step}")
-        if is_new and not trainer.inside_optimizer_step:
+        if trainer.saved_step != trainer.state.global_step and not trainer.inside_optimizer_step:
             trainer._save_checkpoint(trainer.model, trial=None)
         raise

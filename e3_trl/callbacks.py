@@ -11,8 +11,7 @@ from .runs.validation import check_colocated_vllm
 class PassCallback(TrainerCallback):
     """
     Begins a pass over the dataset where the training loop does, before the first batch of the pass is drawn and after
-    the last one of the pass before was scored. And nothing is trained where the run is over before it begins, such as
-    one that is resumed after its end.
+    the last one of the pass before was scored.
 
     Args:
         trainer ([`E3GRPOTrainer`]): the trainer.
@@ -28,7 +27,6 @@ class PassCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.begin_pass(is_next=not self._is_first)
         self._is_first = False
-        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
 
 class TemperatureCallback(TrainerCallback):

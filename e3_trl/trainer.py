@@ -261,7 +261,7 @@ class E3GRPOTrainer(GRPOTrainer):
             output = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, *_ = output
         if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation == "rank":
-            check_rollouts(prompts, self._tokenize_prompts(prompts)[0], prompt_ids)
+            check_rollouts(self._tokenize_prompts(prompts)[0], prompt_ids)
         lengths = [len(ids) for ids in completion_ids] if tool_mask is None else [sum(mask) for mask in tool_mask]
         batch.round.lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
         if self.args.dynamic_sampling and len(batch.rounds) == 1:

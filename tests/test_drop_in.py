@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, read_rollouts
-from e3_trl.rollouts.rollout_func import misplaced_row
+from e3_trl.rollouts.rollout_func import check_rollouts, misplaced_row
 from e3_trl.runs.checkpoint import dataset_fingerprint
 
 
@@ -252,6 +252,27 @@ def test_rows_of_a_rollout_function_for_other_prompts_are_noticed(make_trainer, 
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_tokens_that_the_model_did_not_write_are_not_counted(make_trainer):
+    """Results of tools were, in the telemetry and by the length bias."""
+    written = []
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        completions, _ = trainer._generate_single_turn(ids, None, {}, 1)
+        written.append(sum(map(len, completions)))
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [[5, 5, 5, *row] for row in completions],
+            "logprobs": None,
+            "env_mask": [[0] * 3 + [1] * len(row) for row in completions],
+        }
+
+    trainer = make_trainer(rollout_func=rollout, max_steps=3)
+    trainer.train()
+    assert [sum(row["tokens"] for row in batch) for batch in batches_of(trainer)] == written
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 @pytest.mark.parametrize("allocation", ["uniform", "rank"])
 def test_a_rollout_function_may_have_one_prompt_for_all(make_trainer, allocation):
     """A dataset of task ids, whose environment writes the prompt; and log-probs without vLLM."""
@@ -270,11 +291,14 @@ def test_a_rollout_function_may_have_one_prompt_for_all(make_trainer, allocation
 
 
 def test_a_rollout_function_may_make_tokens_of_its_own():
-    prompts, own = ["a", "a", "b", "b"], [[1], [1], [2], [2]]
-    assert misplaced_row(prompts, own, [[7, 1], [7, 1], [7, 2], [7, 2]]) is None
-    assert misplaced_row(prompts, own, [[7, 1], [7, 1], [7, 1], [7, 2]]) == 2
-    assert misplaced_row(prompts, own, [[2], [2], [1], [1]]) == 0, "swapped"
-    assert misplaced_row(["a"] * 4, [[1]] * 4, [[5]] * 4) is None
+    own = [[1], [1], [2], [2]]
+    assert misplaced_row(own, [[7, 1], [7, 1], [7, 2], [7, 2]]) is None
+    assert misplaced_row(own, [[7, 1], [7, 1], [7, 1], [7, 2]]) == 2
+    assert misplaced_row(own, [[2], [2], [1], [1]]) == 0, "swapped"
+    assert misplaced_row(own, [[5]] * 4) is None, "one prompt for all"
+    assert misplaced_row(own, [[1]] * 4) == 2, "that of the first alone"
+    with pytest.raises(ValueError, match="returned 3 rows for 4 prompts, and row 3"):
+        check_rollouts(own, own[:3])
 
 
 @pytest.fixture

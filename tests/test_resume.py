@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
-from e3_trl.runs.checkpoint import load_window, run_id, save_window
+from e3_trl.runs.checkpoint import last_complete_checkpoint, load_window, run_id, save_window
 from e3_trl.runs.describe import read_log
 
 
@@ -277,11 +277,13 @@ def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     run = make_trainer(max_steps=8, **settings)
     run.train()
+    run.save_state()
     folder = Path(run.args.output_dir)
     resumed = make_trainer(max_steps=5, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert steps_of(folder) == [2, 4]
     assert steps_of(folder / "_earlier" / "1") == [6, 8]
+    assert (folder / "_earlier" / "1" / "trainer_state.json").exists()
     assert {row["step"] for row in rows(resumed)} == {1, 2, 3, 4, 5}
 
 
@@ -299,12 +301,27 @@ def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
     resumed = make_trainer(max_steps=5)
     resumed.train(resume_from_checkpoint=str(folder / "_earlier" / "1" / "checkpoint-4"))
     assert resumed.run_id == old.run_id
+    assert steps_of(folder) == []
     assert {row["step"] for row in rows(resumed)} == {5}
 
 
-@pytest.mark.parametrize("max_steps", [8, 6], ids=["at the end of a pass", "inside a pass"])
-def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_steps):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": max_steps}
+def test_a_checkpoint_or_a_folder_that_names_no_run_is_taken(checkpoint):
+    folder, state, run = checkpoint.parent, checkpoint / "e3_state.json", checkpoint.parent / "run.json"
+    for file in (run, state):  # copied from elsewhere; TRL's own
+        data = file.read_bytes()
+        file.unlink()
+        assert last_complete_checkpoint(folder) == str(checkpoint)
+        file.write_bytes(data)
+
+
+STREAM = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_allocation": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "data"), [(8, {}), (6, {}), (6, STREAM)], ids=["at the end of a pass", "inside a pass", "stream"]
+)
+def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_steps, data):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": max_steps, **data}
     run = make_trainer(**settings)
     run.train()
     resumed = make_trainer(**settings)
@@ -324,6 +341,10 @@ def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_st
     [
         ({"num_generations": 8}, "num_generations is 8, and was 4 when .*checkpoint-6 was saved.*Set it to 4"),
         ({"seed": 3}, "seed is 3, and was 7"),
+        ({"num_iterations": 2}, "num_iterations is 2, and was 1"),
+        ({"prompt_selection_ratio": 0.5}, "prompt_selection_ratio is 0.5, and was 1.0"),
+        ({"shuffle_dataset": False}, "shuffle_dataset is False, and was True"),
+        ({"difficulty_reward_func": "vowel_reward"}, "difficulty_reward_func is vowel_reward, and was None"),
         ({"per_device_train_batch_size": 32}, "generation_batch_size is 32, and was 16"),
         # The data would go on at another place of the pass than the budgets.
         (

@@ -8,10 +8,12 @@ import torch
 from conftest import length_reward, logged, make_dataset, sometimes_none_reward, vowel_reward
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
 from e3_trl.method.advantages import group_advantages
+from e3_trl.rollouts.evaluation import Evaluation
 
 
 def record_rewards(trainer) -> list[torch.Tensor]:
@@ -416,6 +418,14 @@ def test_evaluation_logs_pass_at_k_of_the_correctness_reward(make_trainer):
     # Prompts 0, 2 and 4 of five are right once in three samples.
     assert logged(trainer, "eval_pass@1") == pytest.approx([3 / 5 / 3] * 2)
     assert logged(trainer, "eval_pass@3") == pytest.approx([3 / 5] * 2)
+
+
+def test_completions_sampled_ahead_are_taken_once_or_not_at_all():
+    evaluation = Evaluation(DataLoader(make_dataset(2)), ahead=True)
+    evaluation.add([[1], [2], [1]], [[5], [6], [7]], [[0.5], [0.6], [0.7]])
+    assert evaluation.take([[1], [3]]) is evaluation.take([[2], [2]]) is None
+    assert evaluation.take([[1], [1]]) == ([[5], [7]], [[0.5], [0.7]])
+    assert evaluation.take([[1]]) is None
 
 
 def test_evaluation_with_one_sample_per_prompt(make_trainer):

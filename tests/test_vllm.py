@@ -29,7 +29,15 @@ VLLM = {
 
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
+    """1 GiB, which vLLM would keep for as long as the process lives, engine after engine."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    engines, start = [], vllm_generation.LLM
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **kwargs: engines.append(start(**kwargs)) or engines[-1])
+    yield
+    for engine in (llm.llm_engine for llm in engines):
+        engine.model_executor.driver_worker.model_runner.kv_caches.clear()
+        for layer in engine.vllm_config.compilation_config.static_forward_context.values():
+            layer.kv_cache = None
 
 
 def record_requests(trainer) -> list[list[tuple[tuple[int, ...], int, float, int]]]:

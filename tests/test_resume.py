@@ -287,6 +287,15 @@ def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     assert {row["step"] for row in rows(resumed)} == {1, 2, 3, 4, 5}
 
 
+def test_half_a_log_stops_no_run(make_trainer):
+    run = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    run.train()
+    log = Path(run.args.output_dir) / "trainer_state.json"
+    log.write_text('{"global_step": 4, "log_hist')
+    make_trainer(max_steps=5, save_strategy="no").train(resume_from_checkpoint=True)
+    assert (log.parent / "_earlier" / "1" / log.name).exists()
+
+
 def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
     old = make_trainer(max_steps=4, save_strategy="steps", save_steps=4)
     old.train()

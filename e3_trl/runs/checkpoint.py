@@ -134,7 +134,7 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
     ]
     if is_new or run_id(output_dir) not in (None, old_id):
         foreign += [path for name in (ROLLOUTS_FILE, TRAINER_STATE_NAME) if (path := output_dir / name).exists()]
-    elif (path := output_dir / TRAINER_STATE_NAME).exists() and json.loads(path.read_text())["global_step"] > step:
+    elif (path := output_dir / TRAINER_STATE_NAME).exists() and not 0 <= _global_step(path) <= step:
         foreign.append(path)
     folder = None
     if foreign:
@@ -151,6 +151,14 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
     """What transformers takes for checkpoints: a user's `checkpoint-best` is none."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     return [folder for folder in folders if folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()]
+
+
+def _global_step(path: Path) -> int:
+    """Step of a `trainer_state.json`, -1 if a kill has left half of one."""
+    try:
+        return json.loads(path.read_text())["global_step"]
+    except ValueError:
+        return -1
 
 
 def _step(checkpoint: Path) -> int:

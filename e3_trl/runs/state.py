@@ -73,7 +73,7 @@ def begin_run(trainer) -> None:
             trainer.temperature = schedule.temperature
         trainer.entropy_window.reset()
         trainer.num_generation_batches = trainer._step = 0
-        trainer._buffered_inputs = None
+        trainer._buffered_inputs, trainer._last_loaded_step = None, -1
     _enter_folder(trainer)
 
 

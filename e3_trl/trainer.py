@@ -189,7 +189,8 @@ class E3GRPOTrainer(GRPOTrainer):
         """Put new ranks and wider bounds in force if it is a new pass: the batches say so, or the loop (`is_next`)."""
         sampler = self._train_sampler
         if sampler is not None:
-            number = self.num_generation_batches // sampler.num_batches
+            finished = self.num_generation_batches - (self.window_step > 0)
+            number = finished // sampler.num_batches
             sampler.begin_pass(max(number, sampler.epoch + is_next))
 
     def difficulty_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> np.ndarray:

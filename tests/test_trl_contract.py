@@ -139,9 +139,10 @@ def test_class_docstring_lists_every_override():
 
 HOOKED_ATTRIBUTES = {
     "_buffered_inputs", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs", "_signature_columns", "_step",
-    "_tokenizer", "callback_handler", "data_collator", "environment_factories", "generation_config",
-    "generation_kwargs", "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations",
-    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "use_vllm",
+    "_tokenizer", "callback_handler", "data_collator", "environment_factories", "gather_function",
+    "generation_config", "generation_kwargs", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train",
+    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model",
+    "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "use_vllm",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class GenerationBatch:
             num_generations (`int`): rows of a prompt, where they carry none.
             accelerator (`Accelerator`): the processes that share the batch.
         """
-        examples = [{name: row[name] for name in row if name != PROMPT_ID} for row in inputs]
+        examples = [_without_id(row) for row in inputs]
         indexed = PROMPT_ID in inputs[0]
         if indexed:
             ids = torch.tensor([row[PROMPT_ID] for row in inputs], device=accelerator.device)
@@ -136,6 +136,10 @@ def read_examples(dataset, prompt_ids: np.ndarray, columns: list[str]) -> list[d
     return [{name: example[name] for name in columns} for example in examples]
 
 
+def _without_id(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != PROMPT_ID}
+
+
 class IndexedPrompts(Dataset):
     """
     A map-style dataset whose rows carry their index as [`PROMPT_ID`]. The dataset itself stays as it is, with whatever
@@ -172,5 +176,5 @@ class IndexedCollator:
 
     def __call__(self, rows: list[dict]) -> list[dict]:
         ids = [row[PROMPT_ID] for row in rows]
-        collated = self.collator([{name: row[name] for name in row if name != PROMPT_ID} for row in rows])
+        collated = self.collator([_without_id(row) for row in rows])
         return [{**row, PROMPT_ID: index} for row, index in zip(collated, ids, strict=True)]

@@ -73,13 +73,14 @@ def begin_run(trainer) -> None:
             trainer.temperature = schedule.temperature
         trainer.entropy_window.reset()
         trainer.num_generation_batches = trainer._step = 0
-        trainer._buffered_inputs, trainer._last_loaded_step = None, -1
+        trainer._buffered_inputs = None
     _enter_folder(trainer)
 
 
 def _enter_folder(trainer, old_id: str | None = None, step: int = 0) -> None:
     """Make the output folder that of the run, which is new or goes on from `step` of the run `old_id`."""
     trainer.saved_step = step
+    trainer._last_loaded_step = -1  # whatever the step, these may be other weights than vLLM has
     (trainer.run_id,) = broadcast_object_list([old_id or uuid.uuid4().hex])
     if trainer.args.should_save:
         moved = checkpoints.enter_folder(trainer.args.output_dir, trainer.run_id, old_id, step)
@@ -143,8 +144,6 @@ def resume_run(trainer, checkpoint: str) -> None:
         for optimizer_state in trainer.optimizer.state.values():
             if "step" in optimizer_state:
                 optimizer_state["step"] = deepcopy(optimizer_state["step"])
-    if trainer.use_vllm:
-        trainer._last_loaded_step = -1  # whatever the step, these are other weights
     loaded = checkpoints.load_state(checkpoint, trainer.dataset_id)
     step = trainer.state.global_step
     if loaded is None:

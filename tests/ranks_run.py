@@ -86,3 +86,8 @@ if __name__ == "__main__":
             (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))
     trainer.accelerator.wait_for_everyone()  # as recipes/train.py does
     trainer.accelerator.end_training()
+    # Everything is written. gloo's threads drop the tensors that DeepSpeed gathered last when they come to it; one that
+    # does so while the interpreter ends, on a busy machine, aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -25,6 +25,7 @@ MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "tra
 def launch(model_path, output_dir, ddp_backend="gloo", num_processes=2, **settings):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}  # both ranks on the CPU
+    environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
     settings = {"model_path": model_path, "output_dir": str(output_dir), "per_device_train_batch_size": 8} | settings
     command = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
     command += ["--num_processes", str(num_processes)]

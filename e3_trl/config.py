@@ -51,6 +51,24 @@ class E3GRPOConfig(GRPOConfig):
             the correctness signal: it makes up a prompt's difficulty, and a rollout counts as correct above 0.5. If
             `None`, the first reward function.
 
+        > Parameters that control what the model computes
+
+        micro_batching (`str`, *optional*, defaults to `"rows"`):
+            How the rows of an optimizer step are put into micro-batches. The gradient is the same, to rounding.
+            `"rows"` = `per_device_train_batch_size` rows of about the same length together, `"tokens"` = as many as
+            `max_tokens_per_micro_batch` allows, `"none"` = TRL's micro-batches, with all their padding and all passes
+            that TRL makes. Rows that cannot change the gradient (advantage 0 without a KL term, masked completions)
+            only go forward, for their entropy. Where the loss depends on which rows share a micro-batch
+            (`loss_type="bnpo"`, an entropy bonus, `top_entropy_quantile`, a router's auxiliary loss) and with images,
+            TRL's stay together and only padding is cut; with dynamic NTK or LongRoPE nothing is done.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Tokens that a micro-batch has at most with `"tokens"`, padding included. If `None`,
+            `per_device_train_batch_size` times the longest row of the step, which is what TRL's may have.
+        entropy_estimator (`str`, *optional*, defaults to `"exact"`):
+            Entropy that is logged, and that the temperature schedule follows. `"exact"` = of the policy at each token,
+            `"sampled"` = minus the log-prob of each token that was sampled, an unbiased estimate of its mean: rows
+            that cannot change the gradient then need no forward pass where vLLM has given their log-probs.
+
         > Parameters that control the rewards of a batch
 
         length_bias_coef (`float`, *optional*, defaults to `0.0`):
@@ -148,6 +166,32 @@ class E3GRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control what the model computes
+    micro_batching: str = field(
+        default="rows",
+        metadata={
+            "help": "How the rows of an optimizer step are put into micro-batches: 'rows' = "
+            "`per_device_train_batch_size` of about the same length, 'tokens' = as many as "
+            "`max_tokens_per_micro_batch` allows, 'none' = as in TRL.",
+            "choices": ["rows", "tokens", "none"],
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a micro-batch with 'tokens', padding included. None = `per_device_train_batch_size` "
+            "times the longest row of the step."
+        },
+    )
+    entropy_estimator: str = field(
+        default="exact",
+        metadata={
+            "help": "Entropy that is logged and followed: 'exact' = of the policy at each token, 'sampled' = minus "
+            "the log-prob of each sampled token.",
+            "choices": ["exact", "sampled"],
+        },
+    )
+
     # Parameters that control the rewards of a batch
     length_bias_coef: float = field(
         default=0.0,
@@ -241,6 +285,17 @@ class E3GRPOConfig(GRPOConfig):
             raise ValueError(
                 f"temperature_schedule is {self.temperature_schedule!r}. Set it to 'entropy' or 'constant'."
             )
+        if self.micro_batching not in ("rows", "tokens", "none"):
+            raise ValueError(f"micro_batching is {self.micro_batching!r}. Set it to 'rows', 'tokens' or 'none'.")
+        if self.max_tokens_per_micro_batch is not None and (
+            self.micro_batching != "tokens" or self.max_tokens_per_micro_batch < 1
+        ):
+            raise ValueError(
+                f"max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch} and micro_batching is "
+                f"{self.micro_batching!r}. Set it to 1 or more with micro_batching 'tokens', or leave it out."
+            )
+        if self.entropy_estimator not in ("exact", "sampled"):
+            raise ValueError(f"entropy_estimator is {self.entropy_estimator!r}. Set it to 'exact' or 'sampled'.")
         if "temperature" in (self.generation_kwargs or {}):
             raise ValueError(
                 f"generation_kwargs sets temperature to {self.generation_kwargs['temperature']}, which would hide the "

@@ -13,17 +13,20 @@ from trl import GRPOTrainer
 from .callbacks import EngineCheckCallback, PassCallback, TemperatureCallback
 from .config import E3GRPOConfig
 from .evaluation.metrics import validation_metrics
-from .method.advantages import aggregate_advantages
 from .method.difficulty import DifficultyTracker
 from .method.temperature import EntropyWindow, TemperatureSchedule
+from .rollouts.advantages import compare
 from .rollouts.batch import PROMPT_ID, GenerationBatch, IndexedCollator, IndexedPrompts
 from .rollouts.dynamic_sampling import keep_informative_groups
 from .rollouts.evaluation import Evaluation
 from .rollouts.length_bias import shorten
+from .rollouts.loss_window import LossWindow
+from .rollouts.micro_batches import plan_generation_batch
 from .rollouts.prepo import select_prompts, weigh_by_entropy
 from .rollouts.rollout_func import check_rollouts
 from .rollouts.sampler import RolloutBudgetSampler
-from .rollouts.telemetry import RolloutLog, log_engine_health, log_rollouts
+from .rollouts.scoring import is_planned, scoring_pass, without_old_logps
+from .rollouts.telemetry import RolloutLog, log_rollouts
 from .rollouts.temperature import LiveTemperature, connect
 from .rollouts.vllm import RolloutGeneration, server_errors_named
 from .runs.checkpoint import dataset_fingerprint
@@ -39,9 +42,10 @@ class E3GRPOTrainer(GRPOTrainer):
 
     It differs from [`~trl.GRPOTrainer`] in two things, each of which can be switched off: the number of completions
     per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
-    (`temperature_schedule`). With both off, its losses equal GRPOTrainer's to the last bit. More can be switched on: a
-    length bias for easy prompts (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice
-    of prompts by perplexity (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
+    (`temperature_schedule`). With both off, gradients equal GRPOTrainer's to rounding, for micro-batches are put
+    together anew; with `micro_batching="none"` to the last bit. More can be switched on: a length bias for easy prompts
+    (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice of prompts by perplexity
+    (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
 
     What happens to a generation batch stands in `_generate_and_score_completions`, from top to bottom. What is
     overridden, each around a call of `super()`:
@@ -58,8 +62,9 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_generate` | seed vLLM; check what a rollout function returns; sample further prompts (DAPO) |
     | `_generate_single_turn` | one engine call for all prompts of an evaluation |
     | `_calculate_rewards` | keep the rewards of all processes; score each round of completions once |
-    | `_get_per_token_logps_and_entropies` | keep the loss's log-probs, to compare them with vLLM's |
-    | `_compute_loss` | keep the entropy of the micro-batch for the temperature schedule; log the health of vLLM |
+    | `_prepare_inputs` | put a generation batch's rows into micro-batches with little padding |
+    | `_get_per_token_logps_and_entropies` | score by length; keep the loss's log-probs, which are the old ones too |
+    | `_compute_loss` | micro-steps without rows, or with fewer; the entropy of all for the temperature schedule |
     | `evaluation_loop` | evaluate at `eval_temperature`; log pass@1 and pass@k |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | E3's state in the checkpoint |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
@@ -108,7 +113,6 @@ class E3GRPOTrainer(GRPOTrainer):
     _train_sampler: RolloutBudgetSampler | None = None
     _batch: GenerationBatch | None = None
     _evaluation: Evaluation | None = None
-    _logps: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class E3GRPOTrainer(GRPOTrainer):
         check_run(args, reward_list, train_dataset, eval_list, fixed_columns, bool(kwargs.get("tools")))
 
         self.live_temperature = LiveTemperature(args.temperature)
-        self.entropy_window = EntropyWindow()
+        self.entropy_window, self.loss_window = EntropyWindow(), LossWindow(self)
         # A stream, or an environment that makes the prompts, has no index: no difficulty, nothing to recognise it by.
         self.difficulty_tracker: DifficultyTracker | None = None
         self.dataset_id: dict = {}
@@ -229,15 +233,18 @@ class E3GRPOTrainer(GRPOTrainer):
         with self._generation_batch(inputs) as batch:
             if self.args.prompt_selection_ratio < 1:
                 select_prompts(self, batch)
-            # `_generate` samples and keeps what is trained on; `_calculate_rewards` scores.
-            output = super()._generate_and_score_completions(batch.round.examples)
+            with without_old_logps(self, batch):
+                # `_generate` samples and keeps what is trained on; `_calculate_rewards` scores.
+                output = super()._generate_and_score_completions(batch.round.examples)
             log_rollouts(self, batch)
             batch.shaped_rewards = batch.of_kept(batch.rewards).clone()
             if self.args.length_bias_coef > 0:
                 shorten(self, batch)
-            self._compare(batch)
+            compare(self, batch)
             if self.args.entropy_weighting:
                 weigh_by_entropy(self, batch, output)
+            if batch.owes_old_logps:
+                del output["old_per_token_logps"]
             output["advantages"] = batch.advantages[batch.share]
             self._logs["advantages"].extend(batch.advantages.tolist())
         self.num_generation_batches += 1
@@ -280,37 +287,31 @@ class E3GRPOTrainer(GRPOTrainer):
             self._evaluation.correctness.append(rewards_per_func[:, self.difficulty_reward_index])
         return rewards_per_func
 
-    def _compare(self, batch: GenerationBatch) -> None:
-        """TRL compares rows of `num_generations`; a group here has its prompt's own number of completions."""
-        batch.advantages, std = aggregate_advantages(
-            batch.shaped_rewards,
-            self.reward_weights,
-            torch.as_tensor(batch.group_ids, device=self.accelerator.device),
-            self.scale_rewards,
-            self.multi_objective_aggregation,
-        )
-        is_equal = torch.isclose(std, torch.zeros_like(std))
-        self._metrics["train"]["frac_reward_zero_std"][-1] = is_equal.float().mean().item()
-
     # --- the loss
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = output[0].detach()
+    def _prepare_inputs(self, inputs):
+        num_batches = self.num_generation_batches
+        micro_batch = super()._prepare_inputs(inputs)
+        if self.num_generation_batches == num_batches or not is_planned(self):
+            return micro_batch
+        plan_generation_batch(self)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, batch_size=None, **kwargs):
+        if batch_size is not None and is_planned(self):
+            scored = scoring_pass(self, model, input_ids, *args, batch_size=batch_size, **kwargs)
+            if scored is not None:
+                return scored
+        output = super()._get_per_token_logps_and_entropies(model, input_ids, *args, batch_size=batch_size, **kwargs)
+        self.loss_window.observe(*output[:2])
         return output
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        logps, self._logps = self._logps, None
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        self.inside_optimizer_step = not self.accelerator.sync_gradients
         if self.accelerator.sync_gradients:
             self.add_metric("temperature", self.temperature)
-        log_engine_health(self, logps, inputs, mask)
-        if self.model.training and self.temperature_schedule is not None:
-            num_tokens = self.accelerator.reduce(mask.sum(), reduction="sum").item()
-            self.entropy_window.add(self._metrics["train"]["entropy"][-1], num_tokens)
-        return loss
+        self.inside_optimizer_step = not self.accelerator.sync_gradients
+        has_rows = self.loss_window.begin(inputs)
+        return self.loss_window.end(super()._compute_loss(model, inputs) if has_rows else None)
 
     # --- evaluation
 

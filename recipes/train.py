@@ -97,8 +97,8 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
     trainer.save_state()
     # Not `push_to_hub`, which a plain `save_model` also calls: the figures are to go with the model, in one commit.
     trainer.save_model(training_args.output_dir, _internal_call=True)
-    # ZeRO-3 gathers weights ahead: a gather that is under way when its process ends, or that gloo's threads have not let
-    # go of, would abort it. So all wait until it is done, and once more while the figures are drawn.
+    # ZeRO-3 gathers weights ahead: a gather that is under way when its process ends, or that gloo's threads have not
+    # let go of, would abort it. So all wait until it is done, and once more while the figures are drawn.
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and is_matplotlib_available():
         from e3_trl.runs.figures import draw_runs

@@ -123,6 +123,11 @@ def make_trainer(model_path, tmp_path):
     return make
 
 
+def trained_rows(window: list[dict]) -> list[dict]:
+    """All rows of micro-batches, also those that need no gradient, as dicts of tensors of different widths."""
+    return [part for batch in window for part in (batch, batch.get("left_out", {})) if "completion_ids" in part]
+
+
 def logged(trainer, key: str) -> list[float]:
     """The logged values of a metric, step by step."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]

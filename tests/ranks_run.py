@@ -9,7 +9,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import safetensors.torch
-from conftest import build_trainer
+from conftest import build_trainer, trained_rows
 from transformers import TrainerCallback
 
 
@@ -33,12 +33,14 @@ class Recorder(TrainerCallback):
         with open(Path(args.output_dir) / f"rank{args.process_index}.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         with open(Path(args.output_dir) / f"advantages{args.process_index}.jsonl", "a") as file:
-            batch = self.trainer._buffered_inputs[0]  # TRL has shuffled its rows
-            completions = [
-                ids[mask.bool()].tolist()
-                for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+            rows = [
+                (ids[mask.bool()].tolist(), advantage)
+                for batch in trained_rows(self.trainer._buffered_inputs)  # in another order than sampled
+                for ids, mask, advantage in zip(
+                    batch["completion_ids"], batch["completion_mask"], batch["advantages"].tolist(), strict=True
+                )
             ]
-            file.write(json.dumps(list(zip(completions, batch["advantages"].tolist(), strict=True))) + "\n")
+            file.write(json.dumps(rows) + "\n")
         if state.global_step == self.kill_at and args.process_index == args.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -86,8 +88,8 @@ if __name__ == "__main__":
             (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))
     trainer.accelerator.wait_for_everyone()  # as recipes/train.py does
     trainer.accelerator.end_training()
-    # Everything is written. gloo's threads drop the tensors that DeepSpeed gathered last when they come to it; one that
-    # does so while the interpreter ends, on a busy machine, aborts the process.
+    # Everything is written. gloo's threads drop the tensors that DeepSpeed gathered last when they come to it; one
+    # that does so while the interpreter ends, on a busy machine, aborts the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -137,7 +137,7 @@ def test_length_bias_reaches_the_advantages_but_not_difficulty(make_trainer):
     def reward(completions, **kwargs):
         return [1.0] * len(completions)
 
-    settings = {"reward_funcs": reward, "max_steps": 8, "temperature_schedule": "constant"}
+    settings = {"reward_funcs": reward, "max_steps": 8, "temperature_schedule": "constant", "micro_batching": "none"}
     plain = make_trainer(output_dir="plain", **settings)
     plain.train()
     biased = make_trainer(output_dir="biased", length_bias_coef=0.1, length_bias_fraction=1.0, **settings)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trl
-from conftest import logged, make_dataset, vowel_reward
+from conftest import logged, make_dataset, trained_rows, vowel_reward
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
@@ -23,7 +23,7 @@ from e3_trl.rollouts.rollout_func import check_rollouts, misplaced_row
 from e3_trl.runs.checkpoint import dataset_fingerprint
 
 
-UNIFORM = {"rollout_allocation": "uniform", "temperature_schedule": "constant"}
+UNIFORM = {"rollout_allocation": "uniform", "temperature_schedule": "constant", "micro_batching": "none"}
 
 
 def batches_of(trainer) -> list[list[dict]]:
@@ -351,7 +351,8 @@ def test_the_temperature_follows_each_generation_batch_where_steps_do_not_line_u
     def spy(model, inputs):
         temperature = trainer.temperature
         loss = compute_loss(model, inputs)
-        entropy, tokens = trainer._metrics["train"]["entropy"][-1], inputs["completion_mask"].sum().item()
+        entropy = trainer._metrics["train"]["entropy"][-1]
+        tokens = sum(rows["completion_mask"].sum().item() for rows in trained_rows([inputs]))
         used.append((trainer.num_generation_batches - 1, temperature, entropy, tokens))
         return loss
 

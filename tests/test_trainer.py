@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import length_reward, logged, make_dataset, sometimes_none_reward, vowel_reward
+from conftest import length_reward, logged, make_dataset, sometimes_none_reward, trained_rows, vowel_reward
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -230,7 +230,7 @@ def test_target_is_the_token_weighted_entropy_of_the_first_batch(make_trainer, m
     trainer.train()
     reference = make_trainer().model
     total, num_tokens, means = 0.0, 0, []
-    for batch in trainer._buffered_inputs:
+    for batch in trained_rows(trainer._buffered_inputs):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         length = batch["completion_ids"].size(1)
@@ -262,7 +262,7 @@ REFERENCE_SETTINGS = [
 def test_uniform_and_constant_equals_grpo_to_the_last_bit(make_trainer, settings):
     funcs = [vowel_reward, length_reward] if "reward_weights" in settings else sometimes_none_reward
     settings = {"max_steps": 10, "reward_funcs": funcs} | settings
-    e3 = make_trainer(rollout_allocation="uniform", temperature_schedule="constant", **settings)
+    e3 = make_trainer(rollout_allocation="uniform", temperature_schedule="constant", micro_batching="none", **settings)
     e3.train()
     grpo = make_trainer(GRPOTrainer, GRPOConfig, **settings)
     grpo.train()

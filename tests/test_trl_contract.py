@@ -41,6 +41,7 @@ def test_version_is_the_tested_one():
         (GRPOTrainer._generate, ["self", "prompts"]),
         (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
         (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
+        (GRPOTrainer._prepare_inputs, ["self", "generation_batch"]),
         (GRPOTrainer._save_checkpoint, ["self", "model", "trial"]),
         (GRPOTrainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
         (GRPOTrainer._set_signature_columns_if_needed, ["self"]),
@@ -138,11 +139,13 @@ def test_class_docstring_lists_every_override():
 
 
 HOOKED_ATTRIBUTES = {
-    "_buffered_inputs", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs", "_signature_columns", "_step",
-    "_tokenizer", "callback_handler", "data_collator", "environment_factories", "gather_function",
-    "generation_config", "generation_kwargs", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train",
-    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model",
-    "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "use_vllm",
+    "_buffered_inputs", "_entropy_bonus_enabled", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs",
+    "_signature_columns", "_step", "_tokenizer", "aux_loss_enabled", "beta", "callback_handler", "data_collator",
+    "environment_factories", "gather_function", "generation_config", "generation_kwargs",
+    "importance_sampling_level", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train", "loss_type",
+    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "pad_to_multiple_of",
+    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state",
+    "top_entropy_quantile", "use_vllm", "vllm_importance_sampling_correction",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import build_trainer, logged, make_dataset, save_tiny_model
+from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -126,8 +126,11 @@ def test_copies_of_a_prompt_differ(make_trainer, request_seeds):
     """One seed for a whole request would draw the same completion n times."""
     trainer = make_trainer(**VLLM, vllm_request_seeds=request_seeds, max_steps=1)
     trainer.train()
-    batch = trainer._buffered_inputs[0]
-    rows = Counter(zip(*(map(tuple, batch[name].tolist()) for name in ("prompt_ids", "completion_ids")), strict=True))
+    rows = Counter(
+        row
+        for part in trained_rows(trainer._buffered_inputs)
+        for row in zip(*(map(tuple, part[name].tolist()) for name in ("prompt_ids", "completion_ids")), strict=True)
+    )
     assert max(rows.values()) == 1
 
 

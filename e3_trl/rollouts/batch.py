@@ -45,6 +45,9 @@ class GenerationBatch:
         process_index (`int`): rank of this process.
         rounds (`list[Round]`): the first holds the prompts that the batch begins with.
         indexed (`bool`): whether prompt ids are indices into the dataset; otherwise they number the groups of the run.
+        defers_old_logps (`bool`): whether the log-probs that TRL computes of all rows, for the steps after the policy
+            has changed, are computed later, and of the rows of those steps alone.
+        owes_old_logps (`bool`): whether TRL has asked for them, and they are not computed yet.
         kept (`np.ndarray` of shape `(N,)`, *optional*): sampled rows that are trained on. `None` = all.
         shaped_rewards (`torch.Tensor` of shape `(N, num_funcs)`): what the advantages are made of.
         advantages (`torch.Tensor` of shape `(N,)`): the outcome.
@@ -54,6 +57,8 @@ class GenerationBatch:
     process_index: int
     rounds: list[Round]
     indexed: bool = True
+    defers_old_logps: bool = False
+    owes_old_logps: bool = False
     kept: np.ndarray | None = None
     shaped_rewards: torch.Tensor | None = field(default=None, repr=False)
     advantages: torch.Tensor | None = field(default=None, repr=False)

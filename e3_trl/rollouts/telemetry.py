@@ -140,25 +140,25 @@ def log_rollouts(trainer, batch: GenerationBatch) -> None:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
 
 
-def log_engine_health(trainer, logps: torch.Tensor, inputs: dict, mask: torch.Tensor) -> None:
+def log_engine_health(trainer, differences: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
     """
-    Log how far vLLM, which sampled, is from the model that trains: the mean and the largest difference of log-probs.
-    With its importance sampling correction TRL does, from a forward pass of its own.
+    Log how far vLLM, which sampled, is from the model that trains, over all processes.
 
     Args:
         trainer ([`E3GRPOTrainer`]): the trainer.
-        logps (`torch.Tensor` of shape `(B, T)`): log-probs that the loss has computed.
-        inputs (`dict`): the micro-batch, with the log-probs that vLLM sampled with, NaN = unknown.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 where a token counts.
+        differences (`list[torch.Tensor]`): absolute differences of the tokens' log-probs, NaN = unknown. Empty if no
+            completions were compared.
+        ratios (`list[torch.Tensor]`): importance sampling ratios of tokens or sequences. Empty without the correction.
     """
-    if "sampling_per_token_logps" not in inputs or (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
-        return
-    if trainer.model.training and trainer.state.global_step != trainer.sampled_step:
-        return  # after an update, the policy is another one than sampled
-    difference = (logps - inputs["sampling_per_token_logps"]).abs()[mask.bool()]
-    difference = difference[~difference.isnan()]
-    largest = difference.max() if len(difference) else difference.new_zeros(())
-    local = torch.stack([difference.sum(), difference.new_tensor(float(len(difference))), largest])
-    total, count, largest = trainer.accelerator.gather(local).view(-1, 3).unbind(dim=1)
-    trainer.add_metric("sampling/sampling_logp_difference/mean", (total.sum() / count.sum().clamp(min=1)).item())
-    trainer.add_metric("sampling/sampling_logp_difference/max", largest.max().item())
+    for name, tensors in (("sampling_logp_difference", differences), ("importance_sampling_ratio", ratios)):
+        if not tensors:
+            continue
+        values = torch.cat(tensors).float()
+        values = values[~values.isnan()]
+        smallest, largest = values.aminmax() if len(values) else (values.new_tensor(0.0),) * 2
+        local = torch.stack([values.sum(), values.new_tensor(float(len(values))), smallest, largest])
+        total, count, smallest, largest = trainer.accelerator.gather(local).view(-1, 4).unbind(dim=1)
+        logged = {"mean": total.sum() / count.sum().clamp(min=1), "min": smallest.min(), "max": largest.max()}
+        for statistic, value in logged.items():
+            if (name, statistic) != ("sampling_logp_difference", "min"):
+                trainer.add_metric(f"sampling/{name}/{statistic}", value.item())

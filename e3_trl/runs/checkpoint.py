@@ -14,6 +14,7 @@ that a run goes back behind, moves to `_earlier/<number>` when the run begins.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -264,10 +265,13 @@ def check_settings(folder: str | Path, saved: dict, settings: dict) -> None:
 
 
 def save_window(folder: str | Path, process_index: int, window: list[dict]) -> None:
-    """Write this process's buffered micro-batches (tensors, or lists of integers) to the checkpoint `folder`."""
+    """
+    Write this process's buffered micro-batches to the checkpoint `folder`: tensors, numbers, lists of integers, and
+    the rows of each that are left out, a dict of the same kind.
+    """
     tensors, lists = {}, {}
     for index, batch in enumerate(window):
-        for name, value in batch.items():
+        for name, value in _flattened(batch):
             if isinstance(value, torch.Tensor):
                 # Slices of one generation batch share memory, which safetensors refuses.
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -295,9 +299,20 @@ def load_window(folder: str | Path, process_index: int, device: torch.device) ->
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
     for key, value in ({name: tensor.to(device) for name, tensor in tensors.items()} | lists).items():
-        index, name = key.split(".", 1)
-        window[int(index)][name] = value
+        index, *folders, name = key.split(".")
+        batch = window[int(index)]
+        for part in folders:
+            batch = batch.setdefault(part, {})
+        batch[name] = value
     return window
+
+
+def _flattened(batch: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _encode(state: dict) -> bytes:

@@ -1,0 +1,143 @@
+"""The micro-steps of the loss: what is computed in one of them, and logged of all of a window together."""
+
+import torch
+
+from ..method.importance import importance_sampling_ratio
+from .micro_batches import window_steps
+from .scoring import is_planned, score_rows
+from .telemetry import log_engine_health
+
+
+# What TRL logs per micro-batch as a mean over its tokens, of which rows that are left out have the value 0.
+TOKEN_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio", "kl")
+
+
+class LossWindow:
+    """
+    What the loss needs beside TRL's, micro-step by micro-step, and what is to be logged, over the tokens of a whole
+    window: micro-batches of a plan have rows of different lengths, so the mean of their means is no mean.
+
+    Args:
+        trainer ([`E3GRPOTrainer`]): the trainer.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._inputs: dict | None = None
+        self._reset()
+
+    def _reset(self):
+        self._trained: list[torch.Tensor] = []  # per micro-step: rows, tokens, sum of entropies, of -log-probs
+        self._left_out: list[torch.Tensor] = []
+        self._differences: list[torch.Tensor] = []
+        self._ratios: list[torch.Tensor] = []
+
+    def begin(self, inputs: dict) -> bool:
+        """Begin a micro-step: score the rows that are in it for the log alone. Whether there are others."""
+        if "left_out" in inputs:
+            self._score_left_out(inputs["left_out"])
+        self._inputs = inputs
+        return "completion_ids" in inputs
+
+    def _score_left_out(self, rows: dict) -> None:
+        mask = _mask(rows)
+        if self.trainer.args.entropy_estimator == "sampled" and "sampling_per_token_logps" in rows:
+            logps = torch.nan_to_num(rows["sampling_per_token_logps"])
+            entropies = torch.zeros_like(logps)
+        else:
+            logps, entropies = score_rows(self.trainer, rows)
+        self._left_out.append(_sums(mask, logps, entropies))
+
+    def observe(self, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+        """Take the log-probs and entropies of shape `(B, T)` that the loss has just computed, and is made of next."""
+        inputs = self._inputs
+        if inputs is None:
+            return
+        logps, entropies = logps.detach(), entropies.detach()
+        self._trained.append(_sums(_mask(inputs), logps, entropies))
+        if not is_planned(self.trainer) or "old_per_token_logps" not in inputs:
+            self.remember(inputs, logps)
+
+    def remember(self, inputs: dict, logps: torch.Tensor) -> None:
+        """
+        Note the log-probs of rows under the policy that sampled them: for later steps, once it has changed, and for
+        the importance of what vLLM sampled, which TRL computes from a forward pass of its own.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        if args.gradient_accumulation_steps % trainer.window_steps != 0 and is_planned(trainer):
+            inputs["old_per_token_logps"] = logps
+        if "sampling_per_token_logps" not in inputs or "importance_sampling_ratio" in inputs:
+            return
+        if trainer.model.training and trainer.state.global_step != trainer.sampled_step:
+            return  # after an update, the policy is another one than sampled
+        mask, sampling_logps = _mask(inputs), inputs["sampling_per_token_logps"]
+        self._differences.append((logps - sampling_logps).abs()[mask.bool()])
+        if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+            ratio = inputs["importance_sampling_ratio"] = importance_sampling_ratio(
+                logps,
+                sampling_logps,
+                mask,
+                trainer.vllm_importance_sampling_mode,
+                trainer.vllm_importance_sampling_clip_min,
+                trainer.vllm_importance_sampling_clip_max,
+            )
+            self._ratios.append(ratio[mask.bool()] if ratio.shape == mask.shape else ratio.flatten())
+
+    def end(self, loss: torch.Tensor | None) -> torch.Tensor:
+        """
+        End the micro-step, the window's last with what is logged.
+
+        Args:
+            loss (`torch.Tensor`, *optional*): a mean over the micro-step's rows. `None` = it has none.
+
+        Returns:
+            `torch.Tensor`: the loss as if the micro-step had as many rows as TRL's.
+        """
+        trainer, scale = self.trainer, self._inputs.get("loss_scale", 1)
+        self._inputs = None
+        if not trainer.model.training:
+            log_engine_health(trainer, self._differences, self._ratios)
+            self._reset()
+        elif (trainer.window_step + 1) % window_steps(trainer) == 0:
+            self._log()
+            self._reset()
+        if loss is None:  # its backward pass reaches no parameter
+            return torch.zeros((), device=trainer.accelerator.device, requires_grad=True)
+        return loss if scale == 1 else loss * scale
+
+    def _log(self) -> None:
+        trainer = self.trainer
+        metrics = trainer._metrics["train"]
+        num_trained = len(self._trained)
+        sums = trainer.accelerator.reduce(torch.stack(self._trained + self._left_out), reduction="sum")
+        rows, tokens, entropies, negative_logps = sums.double().T
+        if len(sums) > 1:
+            weights = rows if trainer.importance_sampling_level == "sequence" else tokens
+            for name in TOKEN_MEANS:
+                if name in metrics:
+                    weight = tokens if name == "kl" else weights
+                    values = weight.new_tensor(metrics[name][-num_trained:])
+                    mean = (values * weight[:num_trained]).sum() / weight.sum().clamp(min=1)
+                    metrics[name][-num_trained:] = [mean.item()]
+            if "clip_ratio/low_min" in metrics:
+                metrics["clip_ratio/low_min"][-num_trained:] = [
+                    min(metrics["clip_ratio/low_min"][-num_trained:] + [0.0] * bool(self._left_out))
+                ]
+                metrics["clip_ratio/high_max"][-num_trained:] = [max(metrics["clip_ratio/high_max"][-num_trained:])]
+        sampled = trainer.args.entropy_estimator == "sampled"
+        if len(sums) > 1 or sampled:
+            mean = (negative_logps if sampled else entropies).sum() / tokens.sum().clamp(min=1)
+            metrics["entropy"][-num_trained:] = [mean.item()]
+        if trainer.temperature_schedule is not None:
+            trainer.entropy_window.add(metrics["entropy"][-1], tokens.sum().item())
+        log_engine_health(trainer, self._differences, self._ratios)
+
+
+def _mask(rows: dict) -> torch.Tensor:
+    return rows["completion_mask"] * rows.get("tool_mask", 1)
+
+
+def _sums(mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """Rows, tokens, and the sums of entropies and of minus log-probs over the tokens, shape `(4,)`."""
+    sums = [(values * mask).sum(dtype=torch.float32) for values in (entropies, -logps)]
+    return torch.stack([mask.new_tensor(len(mask)).float(), mask.sum().float(), *sums])

@@ -1,0 +1,142 @@
+"""The micro-batches that a generation batch is trained on: [`~e3_trl.method.micro_batches`] applied to TRL's rows."""
+
+import math
+
+import numpy as np
+import torch
+
+from ..method.micro_batches import plan_micro_batches
+from .scoring import attended_columns, is_planned, score_rows
+
+
+OF_PROMPT = ("prompt_ids", "prompt_mask")
+OF_COMPLETION = (
+    "completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps",
+    "sampling_per_token_logps", "importance_sampling_ratio", "advantages",
+)  # fmt: skip
+OF_BOTH = ("token_type_ids", "mm_token_type_ids")
+
+
+def window_steps(trainer) -> int:
+    """Micro-steps of a generation batch that are planned together, which always lie in one optimizer step."""
+    if keeps_order(trainer):
+        return 1
+    return math.gcd(trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps)
+
+
+def keeps_order(trainer) -> bool:
+    """Whether the loss depends on which rows share a micro-batch: then TRL's stay together, and are only trimmed."""
+    return (
+        not is_planned(trainer)
+        or trainer.loss_type == "bnpo"  # a mean over the micro-batch's tokens, as is the entropy bonus
+        or trainer._entropy_bonus_enabled
+        or trainer.aux_loss_enabled
+        or trainer.top_entropy_quantile < 1.0  # a quantile of the micro-batch
+        or trainer._is_vlm  # whose rows have any number of images each
+    )
+
+
+def plan_generation_batch(trainer) -> None:
+    """
+    Put the rows of the generation batch that TRL has just buffered into the micro-batches of a plan, without the
+    padding that none of their rows needs. The normalisers of the loss stay those of TRL's micro-batches.
+
+    A micro-step may have no rows to train on, and rows that need no forward pass with gradients (`left_out`).
+    """
+    batches, num_steps = trainer._buffered_inputs, window_steps(trainer)
+    if not keeps_order(trainer):
+        lengths = _lengths(trainer, batches)
+        batches = [
+            micro_batch
+            for start in range(0, len(batches), num_steps)
+            for micro_batch in _plan(trainer, *(part[start : start + num_steps] for part in (batches, lengths)))
+        ]
+    trainer._buffered_inputs = [_trimmed(trainer, batch) for batch in batches]
+    num_on_policy = _num_on_policy(trainer)
+    for step, micro_batch in enumerate(trainer._buffered_inputs):
+        logps = micro_batch.get("old_per_token_logps")
+        if logps is None and step >= num_on_policy and "completion_ids" in micro_batch:
+            logps, _ = score_rows(trainer, micro_batch)
+        if logps is not None:
+            trainer.loss_window.remember(micro_batch, logps)
+
+
+def _num_on_policy(trainer) -> int:
+    """Micro-steps of a generation batch that end before the policy changes: their log-probs are the old ones."""
+    update, steps = trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation
+    if update % trainer.window_steps == 0:
+        return steps
+    return min(update, steps) if trainer.window_steps % update == 0 else 0
+
+
+def _lengths(trainer, batches: list[dict]) -> np.ndarray:
+    """
+    Of each row of all ranks: tokens of prompt and completion, and whether it can change the gradient; shape
+    `(micro-steps, ranks, rows, 3)`.
+    """
+    rows = []
+    for batch in batches:
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        needs_gradient = mask.any(dim=1)  # it is empty where a truncated completion is masked
+        if trainer.beta == 0:
+            needs_gradient &= (batch["advantages"] != 0).reshape(len(mask), -1).any(dim=1)
+        lengths = batch["prompt_mask"].sum(dim=1), batch["completion_mask"].sum(dim=1)
+        rows.append(torch.stack([*lengths, needs_gradient.long()], dim=1))
+    return trainer.accelerator.gather(torch.stack(rows)[None]).transpose(0, 1).cpu().numpy()
+
+
+def _plan(trainer, batches: list[dict], lengths: np.ndarray) -> list[dict]:
+    """The micro-batches of one window."""
+    num_steps, num_ranks, num_rows, _ = lengths.shape
+    prompts, completions, needs_gradient = lengths.swapaxes(0, 1).reshape(num_ranks, -1, 3).transpose(2, 0, 1)
+    max_tokens = None
+    if trainer.args.micro_batching == "tokens":
+        max_tokens = trainer.args.max_tokens_per_micro_batch or num_rows * int((prompts + completions).max())
+    plan = plan_micro_batches(prompts, completions, needs_gradient.astype(bool), num_steps, max_tokens)
+    window = {
+        name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
+        for name, value in batches[0].items()
+    }
+    rank = trainer.accelerator.process_index
+    micro_batches = []
+    for trained, left_out in zip(plan.trained, plan.left_out, strict=True):
+        micro_batch = {}
+        if trained.size:
+            micro_batch = _take(window, trained[rank])
+            # The loss is a mean over the micro-batch's rows, of which TRL's have `num_rows`.
+            if trainer.loss_type not in ("cispo", "dapo", "vespo"):
+                micro_batch["loss_scale"] = trained.shape[1] / num_rows
+        if left_out.size:
+            micro_batch["left_out"] = _take(window, left_out[rank])
+        micro_batches.append(micro_batch)
+    return micro_batches
+
+
+def _take(rows: dict, indices: np.ndarray) -> dict:
+    """Some of the rows; what belongs to all of them stays."""
+    return {
+        name: value[torch.as_tensor(indices, device=value.device)] if value.ndim else value
+        for name, value in rows.items()
+    }
+
+
+def _trimmed(trainer, micro_batch: dict) -> dict:
+    """The micro-batch without the columns that are padding in all of its rows."""
+    micro_batch = dict(micro_batch)
+    if "left_out" in micro_batch:
+        micro_batch["left_out"] = _trimmed(trainer, micro_batch["left_out"])
+    if "completion_ids" not in micro_batch:
+        return micro_batch
+    prompt_width, completion_width = (micro_batch[f"{part}_mask"].size(1) for part in ("prompt", "completion"))
+    attended = torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1)
+    start, end = attended_columns(trainer, attended, completion_width)
+    for names, offset, first, last in (
+        (OF_PROMPT, 0, start, prompt_width),
+        (OF_COMPLETION, prompt_width, prompt_width, end),
+        (OF_BOTH, 0, start, end),
+    ):
+        for name in names:
+            value = micro_batch.get(name)
+            if value is not None and value.ndim == 2 and value.size(1) > 1:
+                micro_batch[name] = value[:, first - offset : last - offset].contiguous()
+    return micro_batch

@@ -43,9 +43,9 @@ class E3GRPOTrainer(GRPOTrainer):
     It differs from [`~trl.GRPOTrainer`] in two things, each of which can be switched off: the number of completions
     per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
     (`temperature_schedule`). With both off, gradients equal GRPOTrainer's to rounding, for micro-batches are put
-    together anew; with `micro_batching="none"` to the last bit. More can be switched on: a length bias for easy prompts
-    (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice of prompts by perplexity
-    (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
+    together anew; with `micro_batching="none"` to the last bit. More can be switched on: a length bias for easy
+    prompts (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice of prompts by
+    perplexity (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
 
     What happens to a generation batch stands in `_generate_and_score_completions`, from top to bottom. What is
     overridden, each around a call of `super()`:

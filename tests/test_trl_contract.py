@@ -142,7 +142,7 @@ HOOKED_ATTRIBUTES = {
     "_tokenizer", "callback_handler", "data_collator", "environment_factories", "gather_function",
     "generation_config", "generation_kwargs", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train",
     "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "ref_model",
-    "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "use_vllm",
+    "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "tools", "use_vllm",
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from trl import GRPOTrainer
 
 from .callbacks import EngineCheckCallback, PassCallback, TemperatureCallback
 from .config import E3GRPOConfig
-from .evaluation.metrics import validation_metrics
 from .method.difficulty import DifficultyTracker
 from .method.temperature import EntropyWindow, TemperatureSchedule
 from .rollouts.advantages import compare
@@ -23,6 +22,7 @@ from .rollouts.length_bias import shorten
 from .rollouts.loss_window import LossWindow
 from .rollouts.micro_batches import plan_generation_batch
 from .rollouts.prepo import select_prompts, weigh_by_entropy
+from .rollouts.prompts import is_text, share_copies, with_copies, without_copies
 from .rollouts.rollout_func import check_rollouts
 from .rollouts.sampler import RolloutBudgetSampler
 from .rollouts.scoring import is_planned, scoring_pass, without_old_logps
@@ -60,6 +60,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
     | `_generate_and_score_completions` | the pipeline of a generation batch; advantages for groups of any size |
     | `_generate` | seed vLLM; check what a rollout function returns; sample further prompts (DAPO) |
+    | `_tokenize_prompts` | a prompt is tokenised once for all its rows |
     | `_generate_single_turn` | one engine call for all prompts of an evaluation |
     | `_calculate_rewards` | keep the rewards of all processes; score each round of completions once |
     | `_prepare_inputs` | put a generation batch's rows into micro-batches with little padding |
@@ -261,12 +262,12 @@ class E3GRPOTrainer(GRPOTrainer):
             self._batch = None
 
     def _generate(self, prompts):
-        batch = self._batch
+        batch, shared = self._batch, share_copies(self, prompts)
         if batch is None:
-            return super()._generate(prompts)
+            return super()._generate(shared)
         key = [self.args.seed, 0, batch.index, len(batch.rounds)]
         with self.vllm_generation.seeded(key, batch.round.prompt_ids) if self.use_vllm else nullcontext():
-            output = super()._generate(prompts)
+            output = super()._generate(shared)
         prompt_ids, completion_ids, tool_mask, *_ = output
         if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation == "rank":
             check_rollouts(self._tokenize_prompts(prompts)[0], prompt_ids)
@@ -275,6 +276,10 @@ class E3GRPOTrainer(GRPOTrainer):
         if self.args.dynamic_sampling and len(batch.rounds) == 1:
             output = keep_informative_groups(self, batch, prompts, output)
         return output
+
+    def _tokenize_prompts(self, prompts):
+        distinct, num_copies = without_copies(self, prompts)
+        return with_copies(super()._tokenize_prompts(distinct), num_copies)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         batch = self._batch
@@ -316,35 +321,29 @@ class E3GRPOTrainer(GRPOTrainer):
     # --- evaluation
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        is_text = not self._is_vlm and self.environment_factories is None and self.rollout_func is None
-        evaluation = self._evaluation = Evaluation(dataloader, ahead=self.use_vllm and is_text)
+        evaluation = self._evaluation = Evaluation(dataloader, ahead=self.use_vllm and is_text(self))
         key = [self.args.seed, 1, self.num_generation_batches]
+        seeded = self.vllm_generation.seeded(key) if self.use_vllm else nullcontext()
         if evaluation.is_waiting:  # its batches are read before the loop, which could not tell the last one
             self.gather_function = self.accelerator.gather
         if not self.is_in_train:  # the best weights, say, are of no step that the engine knows
             self._last_loaded_step = -1
         try:
-            with (
-                self.live_temperature.at(self.args.eval_temperature or self.args.temperature),
-                self.vllm_generation.seeded(key) if self.use_vllm else nullcontext(),
-            ):
+            with self.live_temperature.at(self.args.eval_temperature or self.args.temperature), seeded:
                 output = super().evaluation_loop(evaluation.batches, *args, **kwargs)
         finally:
             self._evaluation = None
-        samples = evaluation.samples(self.num_generations_eval)
-        for name, value in ({} if samples is None else validation_metrics(samples)).items():
+        for name, value in evaluation.metrics(self.num_generations_eval).items():
             self._metrics["eval"][name].append(value)
         return output
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         evaluation = self._evaluation
         if evaluation is not None and evaluation.is_waiting:
             all_ids, *_ = self._tokenize_prompts(evaluation.prompts)
-            evaluation.add(all_ids, *super()._generate_single_turn(all_ids, None, {}, num_generations))
-        sampled = None if evaluation is None else evaluation.take(prompt_ids)
-        return sampled or super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-        )
+            evaluation.add(all_ids, *super()._generate_single_turn(all_ids, None, {}, self.num_generations_eval))
+        sampled = evaluation and evaluation.take(prompt_ids)
+        return sampled or super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     # --- the run, its checkpoints and its card
 

@@ -80,9 +80,16 @@ def make_dataset(num_prompts: int = 16) -> Dataset:
     )
 
 
+def make_chat_dataset() -> Dataset:
+    """[`make_dataset`] with conversational prompts."""
+    plain = make_dataset()
+    messages = [[{"role": "user", "content": prompt}] for prompt in plain["prompt"]]
+    return Dataset.from_dict({"prompt": messages, "threshold": list(plain["threshold"])})
+
+
 TRAINER_ARGUMENTS = {
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config",
-    "rollout_func", "environment_factory",
+    "rollout_func", "environment_factory", "tools",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trl
-from conftest import logged, make_dataset, trained_rows, vowel_reward
+from conftest import logged, make_chat_dataset, make_dataset, trained_rows, vowel_reward
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
@@ -299,6 +299,50 @@ def test_a_rollout_function_may_make_tokens_of_its_own():
     assert misplaced_row(own, [[1]] * 4) == 2, "that of the first alone"
     with pytest.raises(ValueError, match="returned 3 rows for 4 prompts, and row 3"):
         check_rollouts(own, own[:3])
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Length of each row's prompt after something was written into the prompts of all rows, as tools do."""
+    lengths = []
+
+    def call_tools(self, prompts, prompt_ids, completion_ids, completions, logprobs, *args):
+        for prompt in prompts:
+            prompt.append({"role": "tool", "content": "a"})
+        lengths.extend(map(len, prompts))
+        return [[1] * len(ids) for ids in completion_ids], completions, completion_ids, logprobs, 0, 0, []
+
+    monkeypatch.setattr(GRPOTrainer, "_tool_call_loop", call_tools)
+    return lengths
+
+
+def guess(word: str) -> str:
+    """
+    Guess a word.
+
+    Args:
+        word: the word.
+    """
+    return word
+
+
+@pytest.mark.filterwarnings("ignore:You are using")
+@pytest.mark.parametrize("kind", ["tools", "environment_factory", "rollout_func"])
+def test_a_prompt_that_is_written_into_is_its_rows_own(make_trainer, tool_tokenizer, writes, kind):
+    """Copies of a prompt are one object while they are tokenised, where nothing writes into them."""
+
+    def rollout(prompts, trainer):
+        ids, images, fields = trainer._tokenize_prompts(prompts)
+        completions, _ = trainer._generate_single_turn(ids, images, fields, 1)
+        trainer._tool_call_loop(prompts, ids, completions, completions, None)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+    writer = {"tools": [guess], "environment_factory": Environment, "rollout_func": rollout}[kind]
+    trainer = make_trainer(
+        **{kind: writer}, train_dataset=make_chat_dataset(), processing_class=tool_tokenizer, max_steps=2
+    )
+    trainer.train()
+    assert writes == [2] * 32
 
 
 @pytest.fixture

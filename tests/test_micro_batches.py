@@ -32,8 +32,9 @@ def test_a_plan_has_each_row_once_and_ranks_in_step(data):
         assert not np.take_along_axis(needed, part, axis=1).any()
     sizes = [part.shape[1] for part in plan.trained]
     assert sizes[-1] > 0, "gradients are synced in the last micro-step"
-    assert sizes == sorted(sizes, key=bool), "the micro-steps with nothing to train on come first"
-    assert sum(sizes) == max(1, needed.sum(axis=1).max()), "no more than the rank with the most needs"
+    assert sizes[0] > 0, "DeepSpeed drops the gradients of the step before with the first"
+    assert sizes[1:] == sorted(sizes[1:], key=bool), "the micro-steps with nothing to train on come next"
+    assert sum(sizes) == max(min(steps, 2), needed.sum(axis=1).max()), "no more than the rank with the most needs"
     if max_tokens is None:
         assert max(sizes) <= per_step
 

@@ -5,13 +5,20 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import length_reward, logged, make_dataset, sometimes_none_reward, trained_rows, vowel_reward
-from datasets import Dataset
+from conftest import (
+    length_reward,
+    logged,
+    make_chat_dataset,
+    make_dataset,
+    sometimes_none_reward,
+    trained_rows,
+    vowel_reward,
+)
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 from trl import GRPOConfig, GRPOTrainer
 
-from e3_trl import RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
+from e3_trl import E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
 from e3_trl.method.advantages import group_advantages
 from e3_trl.rollouts.evaluation import Evaluation
 
@@ -310,13 +317,76 @@ def test_trains_with_what_grpo_offers(make_trainer, settings):
 
 
 def test_conversational_prompts(make_trainer):
-    plain = make_dataset()
-    messages = [[{"role": "user", "content": prompt}] for prompt in plain["prompt"]]
-    trainer = make_trainer(
-        train_dataset=Dataset.from_dict({"prompt": messages, "threshold": list(plain["threshold"])})
-    )
+    trainer = make_trainer(train_dataset=make_chat_dataset())
     trainer.train()
     assert trainer.difficulty_tracker.num_rollouts.sum() == 12 * 16
+
+
+@pytest.mark.parametrize("make_data", [make_dataset, make_chat_dataset], ids=["text", "chat"])
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_each_prompt_is_tokenised_and_copied_once(make_trainer, monkeypatch, make_data, stream):
+    """Every row was, of which a prompt has as many as its budget; what comes of it is the same."""
+    dataset = make_data().to_iterable_dataset() if stream else make_data()
+    settings = {
+        "train_dataset": dataset,
+        "rollout_allocation": "uniform" if stream else "rank",
+        "eval_dataset": make_data(),
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "per_device_eval_batch_size": 16,
+        "num_generations_step": 2,
+        "max_steps": 8,
+    }
+    tokenised, objects = [], []
+    tokenize, generate = GRPOTrainer._tokenize_prompts, GRPOTrainer._generate
+
+    def tokenize_spy(self, prompts):
+        tokenised.append(len(prompts))
+        return tokenize(self, prompts)
+
+    def generate_spy(self, prompts):
+        objects.append(len(set(map(id, prompts))))
+        output = generate(self, prompts)
+        assert output[0] == tokenize(self, prompts)[0]
+        assert len(set(map(id, output[0]))) == len(prompts), "no row writes into another one's"
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_tokenize_prompts", tokenize_spy)
+    monkeypatch.setattr(GRPOTrainer, "_generate", generate_spy)
+    trainer = make_trainer(**settings)
+    trainer.train()
+    assert tokenised == objects == 2 * ([4] * 4 + [4] * 4), "8 steps, and after 4 an evaluation: 4 prompts a batch"
+
+    monkeypatch.setattr(E3GRPOTrainer, "_tokenize_prompts", tokenize)
+    monkeypatch.setattr("e3_trl.trainer.share_copies", lambda trainer, prompts: prompts)
+    every_row = make_trainer(**settings, output_dir="every_row")
+    every_row.train()
+    for name in ("loss", "reward", "eval_reward", "num_tokens"):
+        assert logged(trainer, name) == logged(every_row, name)
+
+
+def test_a_reward_function_may_write_into_its_rows(make_trainer):
+    """Copies of a prompt are one object only while they are tokenised."""
+    lengths = []
+
+    def reward(prompts, completions, threshold, **kwargs):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt += completion
+        lengths.extend(map(len, prompts))
+        return vowel_reward(completions, threshold)
+
+    trainer = make_trainer(train_dataset=make_chat_dataset(), reward_funcs=reward, max_steps=2)
+    trainer.train()
+    assert lengths == [2] * 32
+
+
+def test_what_a_tokenizer_says_of_each_token_is_there_for_every_row(make_trainer):
+    trainer = make_trainer(train_dataset=make_chat_dataset())
+    trainer.processing_class.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    prompts = [[{"role": "user", "content": text}] for text in ("a", "a", "bc", "a")]
+    prompt_ids, _, fields = tokenized = trainer._tokenize_prompts(prompts)
+    assert tokenized == GRPOTrainer._tokenize_prompts(trainer, prompts)
+    assert [len(ids) for ids in fields["token_type_ids"]] == [len(ids) for ids in prompt_ids]
 
 
 def test_streams_train_with_uniform_budgets(make_trainer):

@@ -144,7 +144,7 @@ HOOKED_ATTRIBUTES = {
     "environment_factories", "gather_function", "generation_config", "generation_kwargs",
     "importance_sampling_level", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train", "loss_type",
     "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "pad_to_multiple_of",
-    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state",
+    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "tools",
     "top_entropy_quantile", "use_vllm", "vllm_importance_sampling_correction",
 }  # fmt: skip
 

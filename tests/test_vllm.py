@@ -1,5 +1,6 @@
 """The real vLLM, colocated: on a CPU here, on a GPU where there is one."""
 
+import re
 from collections import Counter
 from functools import partial
 
@@ -55,6 +56,19 @@ def record_requests(trainer) -> list[list[tuple[tuple[int, ...], int, float, int
 
     trainer.vllm_generation._llm_generate = spy
     return calls
+
+
+def record_texts(trainer) -> list[str]:
+    """What vLLM has made of the tokens, completion by completion."""
+    texts, generate = [], trainer.vllm_generation._llm_generate
+
+    def spy(*args, **kwargs):
+        outputs = generate(*args, **kwargs)
+        texts.extend(one.text for output in outputs for one in output.outputs)
+        return outputs
+
+    trainer.vllm_generation._llm_generate = spy
+    return texts
 
 
 @pytest.fixture
@@ -187,6 +201,82 @@ def test_an_evaluation_in_one_call_scores_each_prompt_with_its_own_completions(m
     metrics = trainer.evaluate()
     assert metrics["eval_sampling/sampling_logp_difference/max"] < 1e-3
     assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
+
+
+def test_tokens_are_turned_into_text_only_where_it_is_read(make_trainer):
+    """The completions are the same; a function before the engine, which may read it, gets the text."""
+    completions, texts = [], []
+
+    def reward(completion_ids, **kwargs):
+        completions[-1].extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    for is_read in (True, False):
+        trainer = make_trainer(
+            **VLLM,
+            **EVALUATION,
+            reward_funcs=reward,
+            rollout_allocation="uniform",
+            max_steps=2,
+            output_dir=str(is_read),
+        )
+        completions.append([])
+        texts.append(record_texts(trainer))
+        if is_read:
+            trainer.vllm_generation.llm.generate = partial(trainer.vllm_generation.llm.generate)
+        trainer.train()
+    assert completions[0] == completions[1]
+    assert len(texts[0]) == len(texts[1]) == 2 * (16 + 24)
+    assert any(texts[0])
+    assert not any(texts[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"stop": ["e"]}, "[^e]*e?"),
+        ({"bad_words": ["e"]}, "[^e]*"),
+        ({"structured_outputs": {"regex": "[aeiou]+"}}, "[aeiou]+"),
+    ],
+    ids=["stop", "bad_words", "regex"],
+)
+def test_text_that_stops_or_constrains_is_made(make_trainer, settings, written):
+    """vLLM refuses stop strings without it."""
+    trainer = make_trainer(**VLLM, generation_kwargs=settings, max_steps=1)
+    texts = record_texts(trainer)
+    trainer.train()
+    assert any(texts)
+    completions = trainer.processing_class.batch_decode(
+        trainer._buffered_inputs[0]["completion_ids"], skip_special_tokens=True
+    )
+    assert len(completions) == 16
+    for completion in completions:
+        assert re.fullmatch(written, completion)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_a_rollout_function_that_asks_in_trls_form_may_read_the_text(make_trainer):
+    read = []
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        trainer.vllm_generation.generate(ids, None, 1)  # the tokens alone
+        asked = [{"prompt_token_ids": row} for row in ids]
+        params = SamplingParams(n=1, max_tokens=4, logprobs=0)
+        outputs = trainer.vllm_generation.llm.generate(asked, sampling_params=params, use_tqdm=False)
+        completions = [one for output in outputs for one in output.outputs]
+        completion_ids = [list(one.token_ids) for one in completions]
+        texts = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        read.extend(zip([one.text for one in completions], texts, strict=True))
+        logprobs = [[0.0] * len(row) for row in completion_ids]
+        return {"prompt_ids": ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    trainer = make_trainer(**VLLM, rollout_func=rollout, max_steps=1)
+    texts = record_texts(trainer)
+    trainer.train()
+    assert len(read) == 16
+    assert all(text == decoded for text, decoded in read)
+    assert [any(texts[:16]), any(texts[16:])] == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")

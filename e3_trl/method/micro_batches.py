@@ -15,8 +15,9 @@ class MicroBatchPlan:
 
     Attributes:
         trained (`list[np.ndarray]`):
-            Per micro-step the rows to train on, shape `(R, n)`: first the micro-steps for which none are left, then
-            the longest rows, the shortest last. The last micro-step has at least one row.
+            Per micro-step the rows to train on, shape `(R, n)`, the longest first. Those for which none are left come
+            after the first: the first and the last have at least one row each. With the first, DeepSpeed drops the
+            gradients of the step before; in the last, ranks add up theirs.
         left_out (`list[np.ndarray]`):
             Per micro-step rows that need no gradient, shape `(R, m)`. Together with `trained`, each row once.
     """
@@ -61,38 +62,41 @@ def plan_micro_batches(
 
     ```
     """
-    num_rows = needs_gradient.shape[1]
-    num_trained = max(1, int(needs_gradient.sum(axis=1).max()))
-    shortest_last = np.lexsort((prompt_lengths + completion_lengths, ~needs_gradient))  # those to be trained on first
-    trained, left_out = shortest_last[:, :num_trained], shortest_last[:, num_trained:]
-    plans = []
-    for key in (completion_lengths, prompt_lengths, prompt_lengths + completion_lengths):
-        parts = []
-        for rows in (trained, left_out):
-            order = np.argsort(-np.take_along_axis(key, rows, axis=1), axis=1, kind="stable")
-            rows = np.take_along_axis(rows, order, axis=1)
-            # The longest of all ranks decides how many rows go together on each of them.
-            widths = [
-                np.take_along_axis(lengths, rows, axis=1).max(axis=0).tolist()
-                for lengths in (prompt_lengths, completion_lengths)
-            ]
-            sizes, padded = _cut(*widths, num_rows // num_steps, num_steps, max_tokens)
-            parts.append((np.split(rows, np.cumsum(sizes)[:-1], axis=1) if sizes else [], padded))
-        plans.append(parts)
+    max_rows = needs_gradient.shape[1] // num_steps
+    min_pieces = min(num_steps, 2)  # the first and the last
+    num_trained = max(min_pieces, int(needs_gradient.sum(axis=1).max()))
+    # Those that need it, then the shortest others.
+    by_need = np.lexsort((prompt_lengths + completion_lengths, ~needs_gradient))
+
+    def cut(rows: np.ndarray, key: np.ndarray, min_pieces: int) -> tuple[list[np.ndarray], int]:
+        order = np.argsort(-np.take_along_axis(key, rows, axis=1), axis=1, kind="stable")
+        rows = np.take_along_axis(rows, order, axis=1)
+        # The longest of all ranks decides how many rows go together on each of them.
+        widths = [
+            np.take_along_axis(lengths, rows, axis=1).max(axis=0).tolist()
+            for lengths in (prompt_lengths, completion_lengths)
+        ]
+        sizes = _cut(*widths, max_rows, num_steps, max_tokens)
+        if len(sizes) < min_pieces:
+            sizes = [-(-sum(sizes) // 2), sum(sizes) // 2]
+        pieces = np.split(rows, np.cumsum(sizes)[:-1], axis=1) if sizes else []
+        return pieces, sum(_padded_tokens(*widths, sizes))
+
+    keys = completion_lengths, prompt_lengths, prompt_lengths + completion_lengths
+    plans = [(cut(by_need[:, :num_trained], key, min_pieces), cut(by_need[:, num_trained:], key, 0)) for key in keys]
     (trained, _), (left_out, _) = min(plans, key=lambda parts: parts[0][1] + parts[1][1])
     nothing = np.empty((len(needs_gradient), 0), dtype=np.int64)
-    empty_steps = num_steps - len(trained)
-    return MicroBatchPlan([nothing] * empty_steps + trained, left_out + [nothing] * (num_steps - len(left_out)))
+    trained[1:1] = [nothing] * (num_steps - len(trained))
+    return MicroBatchPlan(trained, left_out + [nothing] * (num_steps - len(left_out)))
 
 
 def _cut(
     prompts: list[int], completions: list[int], max_rows: int, max_pieces: int, max_tokens: int | None
-) -> tuple[list[int], int]:
-    """Sizes of the pieces that rows, sorted by length, are cut into, and their tokens with padding."""
+) -> list[int]:
+    """Sizes of the pieces that rows, sorted by length, are cut into."""
     if max_tokens is None:
         whole, rest = divmod(len(prompts), max_rows)
-        sizes = [rest] * (rest > 0) + [max_rows] * whole  # the fewest rows where they are the longest
-        return sizes, sum(_padded_tokens(prompts, completions, sizes))
+        return [rest] * (rest > 0) + [max_rows] * whole  # the fewest rows where they are the longest
     sizes = _greedy(prompts, completions, max_tokens)
     if len(sizes) > max_pieces:
         low, high = max_tokens, len(prompts) * (max(prompts) + max(completions))
@@ -100,7 +104,7 @@ def _cut(
             middle = (low + high) // 2
             low, high = (low, middle) if len(_greedy(prompts, completions, middle)) <= max_pieces else (middle, high)
         sizes = _greedy(prompts, completions, high)
-    return sizes, sum(_padded_tokens(prompts, completions, sizes))
+    return sizes
 
 
 def _greedy(prompts: list[int], completions: list[int], max_tokens: int) -> list[int]:

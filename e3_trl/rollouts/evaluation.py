@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from ..evaluation.metrics import validation_metrics
+
 
 class Evaluation:
     """
@@ -59,6 +61,11 @@ class Evaluation:
         samples = torch.cat(self.correctness).view(-1, num_generations).cpu().numpy()
         # The last batch is filled up with the first prompts.
         return samples[: len(self.dataset)] if isinstance(self.dataset, Dataset) else samples
+
+    def metrics(self, num_generations: int) -> dict[str, float]:
+        """What is logged of the samples beside TRL's own metrics."""
+        samples = self.samples(num_generations)
+        return {} if samples is None else validation_metrics(samples)
 
 
 class _Batches(list):

@@ -102,7 +102,7 @@ class LossWindow:
             self._log()
             self._reset()
         if loss is None:  # its backward pass reaches no parameter
-            return torch.zeros((), device=trainer.accelerator.device, requires_grad=True)
+            return torch.zeros((), device=trainer.accelerator.device, requires_grad=True).clone()  # as DeepSpeed asks
         return loss if scale == 1 else loss * scale
 
     def _log(self) -> None:

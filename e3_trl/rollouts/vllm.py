@@ -100,6 +100,11 @@ class EngineSeeds:
         return seed, [seed + row for row in range(num_rows)]  # which prompts they belong to is not known here
 
 
+def needs_text(params) -> bool:
+    """Whether a request with these sampling parameters is stopped or constrained by its text."""
+    return bool(params.stop or params.bad_words or params.structured_outputs)
+
+
 @contextmanager
 def seeded_engine(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, a colocated engine, which samples from its process's random generators, draws what `seed` gives."""
@@ -119,6 +124,7 @@ class RolloutGeneration(VLLMGeneration):
 
     - Colocated, neighbouring rows with the same prompt become one request that asks for that many completions: one
       engine call per batch, in which each prompt is prefilled once. TRL sends each row as a request.
+    - Colocated, tokens are not turned into text where nobody reads it: TRL decodes the completions itself.
     - With a server, each row is a request. TRL takes every `num_generations`-th prompt, which gives the prompts of
       groups of other sizes each other's completions. If the server is gone, all ranks get a [`VLLMServerError`] at
       the same place; TRL's error reaches the main process alone, while the others wait for it.
@@ -130,6 +136,7 @@ class RolloutGeneration(VLLMGeneration):
     """
 
     seed_requests: bool = False
+    _text_is_read: bool = True
     _seeds: EngineSeeds | None = None
     _server_error: str | None = None
 
@@ -185,12 +192,13 @@ class RolloutGeneration(VLLMGeneration):
             else:
                 whole_call = seeded_engine(call_seed, self.accelerator.device)
         if is_merged:
-            prompts, sampling_params = self._merge(prompts, sampling_params, seeds)
+            detokenize = sampling_params.detokenize and (self._text_is_read or needs_text(sampling_params))
+            prompts, sampling_params = self._merge(prompts, sampling_params, seeds, detokenize)
         with whole_call:
             return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
 
     @staticmethod
-    def _merge(prompts: list[dict], params, seeds: list[int] | None) -> tuple[list[dict], list]:
+    def _merge(prompts: list[dict], params, seeds: list[int] | None, detokenize: bool) -> tuple[list[dict], list]:
         """Requests in place of neighbouring rows with the same prompt and, where they have any, consecutive seeds."""
 
         def request(row: int):
@@ -204,6 +212,7 @@ class RolloutGeneration(VLLMGeneration):
             merged_params.append(params.clone())
             merged_params[-1].n = 1 + len(copies)
             merged_params[-1].seed = None if seeds is None else seeds[first]
+            merged_params[-1].detokenize = detokenize
         return merged_prompts, merged_params
 
     def _generate_or_nothing(self, **kwargs):
@@ -234,7 +243,13 @@ class RolloutGeneration(VLLMGeneration):
 
     def generate(self, prompts, images, num_generations, profiler=None):
         if self.mode == "colocate":
-            return super().generate(prompts, images, num_generations, profiler)
+            # TRL takes the tokens of this call, unless somebody has put a function of their own before the engine. A
+            # rollout function that calls the engine itself may read the text.
+            self._text_is_read = self.llm.generate != self._generate_merged
+            try:
+                return super().generate(prompts, images, num_generations, profiler)
+            finally:
+                self._text_is_read = True
         output = super().generate(prompts, images, 1, profiler)
         if len(output[1]) != len(prompts):
             self._raise_server_error()

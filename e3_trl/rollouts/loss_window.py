@@ -54,7 +54,7 @@ class LossWindow:
     def observe(self, logps: torch.Tensor, entropies: torch.Tensor) -> None:
         """Take the log-probs and entropies of shape `(B, T)` that the loss has just computed, and is made of next."""
         inputs = self._inputs
-        if inputs is None or entropies is None:  # a pass of a subclass's own
+        if inputs is None:
             return
         self._inputs = None
         logps, entropies = logps.detach(), entropies.detach()

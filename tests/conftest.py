@@ -34,6 +34,12 @@ def easy_prompt_reward(completions, threshold, **kwargs):
     return [float(t == 0) for t in threshold]
 
 
+def uneven_reward(prompts, completions, **kwargs):
+    """Of three of the first four prompts of eight all completions are equally good, and of one of the others."""
+    places = [string.ascii_lowercase.index(prompt[4]) % 8 for prompt in prompts]
+    return [len(text) / 7 * (place in (2, 4, 5, 7)) for place, text in zip(places, completions, strict=True)]
+
+
 def sometimes_none_reward(completions, threshold, **kwargs):
     """Cannot score every third completion."""
     rewards = vowel_reward(completions, threshold)

@@ -7,6 +7,7 @@ import transformers
 from conftest import logged
 from datasets import Dataset
 from PIL import Image
+from test_micro_batches import assert_same_gradients, train
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -91,6 +92,27 @@ def test_losses_are_trls(make_vlm_trainer):
     trls.train()
     assert logged(mine, "loss") == logged(trls, "loss")
     assert max(map(abs, logged(mine, "loss"))) > 0
+
+
+@pytest.mark.parametrize("settings", [{"num_iterations": 2, "beta": 0.1}, {"engine": True}], ids=str)
+def test_gradients_of_trimmed_rows_are_those_of_stock(vlm_path, tmp_path, settings):
+    prompts = [[{"role": "user", "content": "say " + "abc" * (index % 4)}] for index in range(16)]
+    dataset = Dataset.from_dict({"prompt": prompts, "image": pictures(16)})
+    settings = {
+        "train_dataset": dataset,
+        "reward_funcs": early_letters,
+        "tokens": (3, 20),
+        "loss_type": "grpo",
+    } | settings
+    expected, stock = train(vlm_path, tmp_path / "stock", GRPOTrainer, **settings)
+    found, trainer = train(vlm_path, tmp_path / "e3", **settings)
+    assert_same_gradients(found, expected)
+    for name in ("prompt_ids", "completion_ids"):
+        widths = {batch[name].size(1) for batch in trainer._buffered_inputs}
+        assert min(widths) < max(batch[name].size(1) for batch in stock._buffered_inputs), name
+    for name in ("mean", "min", "max"):
+        name = f"sampling/importance_sampling_ratio/{name}"
+        assert logged(trainer, name) == pytest.approx(logged(stock, name), rel=1e-4)
 
 
 def test_budgets_and_temperature_follow_images_too(make_vlm_trainer):

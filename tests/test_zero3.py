@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_trainer, length_reward
+from conftest import build_trainer, length_reward, uneven_reward
 from ranks_run import Recorder, force_completions, save_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -119,7 +119,7 @@ STRADDLING = {
 
 
 def one_rank(model_path, output_dir, **settings):
-    trainer = build_trainer(model_path, output_dir, per_device_train_batch_size=24, **settings)
+    trainer = build_trainer(model_path, output_dir, **{"per_device_train_batch_size": 24} | settings)
     force_completions(trainer)
     trainer.add_callback(Recorder(trainer))
     trainer.train()
@@ -180,6 +180,37 @@ def test_two_ranks_do_what_one_does_and_go_on_as_one(model_path, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_state(recorded(tmp_path / "on")[0], steps[6:])
     weights = [tmp_path / name / "weights.safetensors" for name in ("one", "on")]
+    assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-4)
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("rows", {"loss_type": "grpo"}), ("tokens", {"num_iterations": 2})])
+def test_two_ranks_keep_in_step_where_one_has_less_to_learn(model_path, tmp_path, policy, steps):
+    """Four prompts a rank: all rows of three of the first's have no advantage, and of one of the second's.
+
+    Micro-steps have no rows then. DeepSpeed added the gradients of the step before to those that came next.
+    """
+    settings = {
+        **steps,
+        "gradient_accumulation_steps": 4,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": 4,
+        "rollout_allocation": "uniform",
+        "shuffle_dataset": False,
+    }
+    one = {"per_device_train_batch_size": 8, "reward_funcs": uneven_reward, "micro_batching": "none"}
+    one_rank(model_path, tmp_path / "one", **settings | one)
+    two = {"per_device_train_batch_size": 4, "reward_funcs": ["uneven_reward"], "micro_batching": policy}
+    done = launch(model_path, tmp_path / "two", forced=True, **settings | two)
+    assert done.returncode == 0, done.stderr[-4000:]
+    equal = [sum(value == 0 for _, value in recorded(tmp_path / "two", rank)[1][0]) for rank in range(2)]
+    assert equal == [12, 4]
+    found, expected = ([step["temperature"] for step in recorded(tmp_path / name)[0]] for name in ("two", "one"))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(set(found)) > 1, "it follows the entropy of all rows"
+    weights = [tmp_path / name / "weights.safetensors" for name in ("one", "two")]
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-4)
 
 

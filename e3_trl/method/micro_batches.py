@@ -46,7 +46,7 @@ def plan_micro_batches(
         num_steps (`int`): micro-steps of the window, a divisor of N.
         max_tokens (`int`, *optional*): tokens, padding included, that a micro-batch may have. `None` = a micro-batch
             has at most N / `num_steps` rows. A budget that would take more than `num_steps` micro-batches is raised
-            to the smallest that does not.
+            to the smallest, to 1%, that does not.
 
     Returns:
         [`MicroBatchPlan`].
@@ -99,8 +99,8 @@ def _cut(
         return [rest] * (rest > 0) + [max_rows] * whole  # the fewest rows where they are the longest
     sizes = _greedy(prompts, completions, max_tokens)
     if len(sizes) > max_pieces:
-        low, high = max_tokens, len(prompts) * (max(prompts) + max(completions))
-        while high - low > 1:
+        low, high = max_tokens, -(-len(prompts) // max_pieces) * (max(prompts) + max(completions))
+        while high - low > 1 + high // 100:
             middle = (low + high) // 2
             low, high = (low, middle) if len(_greedy(prompts, completions, middle)) <= max_pieces else (middle, high)
         sizes = _greedy(prompts, completions, high)

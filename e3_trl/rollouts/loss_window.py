@@ -1,9 +1,11 @@
 """The micro-steps of the loss: what is computed in one of them, and logged of all of a window together."""
 
+import math
+
 import torch
 
 from ..method.importance import importance_sampling_ratio
-from .micro_batches import window_steps
+from .micro_batches import shared_steps, window_steps
 from .scoring import is_planned, score_rows
 from .telemetry import log_engine_health
 
@@ -23,11 +25,10 @@ class LossWindow:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self._inputs: dict | None = None
-        self._reset()
-
-    def _reset(self):
-        self._trained: list[torch.Tensor] = []  # per micro-step: rows, tokens, sum of entropies, of -log-probs
+        self._inputs: dict | None = None  # of the micro-step, until its forward pass is observed
+        self._scale = 1.0
+        # Per micro-step: rows, tokens, sum of entropies, of -log-probs.
+        self._trained: list[torch.Tensor] = []
         self._left_out: list[torch.Tensor] = []
         self._differences: list[torch.Tensor] = []
         self._ratios: list[torch.Tensor] = []
@@ -36,16 +37,18 @@ class LossWindow:
         """Begin a micro-step: score the rows that are in it for the log alone. Whether there are others."""
         if "left_out" in inputs:
             self._score_left_out(inputs["left_out"])
-        self._inputs = inputs
+        self._inputs, self._scale = inputs, inputs.get("loss_scale", 1.0)
         return "completion_ids" in inputs
 
     def _score_left_out(self, rows: dict) -> None:
+        """Those of an optimizer step after the first are compared with no engine: the policy is another by then."""
         mask = _mask(rows)
         if self.trainer.args.entropy_estimator == "sampled" and "sampling_per_token_logps" in rows:
             logps = torch.nan_to_num(rows["sampling_per_token_logps"])
             entropies = torch.zeros_like(logps)
         else:
             logps, entropies = score_rows(self.trainer, rows)
+            self._compare(rows, logps)
         self._left_out.append(_sums(mask, logps, entropies))
 
     def observe(self, logps: torch.Tensor, entropies: torch.Tensor) -> None:
@@ -53,6 +56,7 @@ class LossWindow:
         inputs = self._inputs
         if inputs is None:
             return
+        self._inputs = None
         logps, entropies = logps.detach(), entropies.detach()
         self._trained.append(_sums(_mask(inputs), logps, entropies))
         if not is_planned(self.trainer) or "old_per_token_logps" not in inputs:
@@ -63,9 +67,14 @@ class LossWindow:
         Note the log-probs of rows under the policy that sampled them: for later steps, once it has changed, and for
         the importance of what vLLM sampled, which TRL computes from a forward pass of its own.
         """
-        trainer, args = self.trainer, self.trainer.args
-        if args.gradient_accumulation_steps % trainer.window_steps != 0 and is_planned(trainer):
+        trainer = self.trainer
+        if trainer.args.gradient_accumulation_steps % trainer.window_steps != 0 and is_planned(trainer):
             inputs["old_per_token_logps"] = logps
+        self._compare(inputs, logps)
+
+    def _compare(self, inputs: dict, logps: torch.Tensor) -> None:
+        """How far the engine's log-probs of the rows are from the policy's, if it is still the one that sampled."""
+        trainer = self.trainer
         if "sampling_per_token_logps" not in inputs or "importance_sampling_ratio" in inputs:
             return
         if trainer.model.training and trainer.state.global_step != trainer.sampled_step:
@@ -93,17 +102,21 @@ class LossWindow:
         Returns:
             `torch.Tensor`: the loss as if the micro-step had as many rows as TRL's.
         """
-        trainer, scale = self.trainer, self._inputs.get("loss_scale", 1)
-        self._inputs = None
+        trainer, self._inputs = self.trainer, None
+        steps = window_steps(trainer), shared_steps(trainer)
+        ends_window, ends_step = ((trainer.window_step + 1) % number == 0 for number in steps)
         if not trainer.model.training:
-            log_engine_health(trainer, self._differences, self._ratios)
-            self._reset()
-        elif (trainer.window_step + 1) % window_steps(trainer) == 0:
+            ends_window = ends_step = True
+        elif ends_window:
             self._log()
-            self._reset()
-        if loss is None:  # its backward pass reaches no parameter
-            return torch.zeros((), device=trainer.accelerator.device, requires_grad=True).clone()  # as DeepSpeed asks
-        return loss if scale == 1 else loss * scale
+        if ends_window:
+            self._trained, self._left_out = [], []
+        if ends_step:  # also where TRL's micro-batches stay: the largest of all is not the mean of each one's largest
+            log_engine_health(trainer, self._differences, self._ratios)
+            self._differences, self._ratios = [], []
+        if loss is None:  # its backward pass reaches no parameter; it has one, which DeepSpeed asks for
+            return torch.zeros((), device=trainer.accelerator.device, requires_grad=True).clone()
+        return loss if self._scale == 1 else loss * self._scale
 
     def _log(self) -> None:
         trainer = self.trainer
@@ -120,17 +133,16 @@ class LossWindow:
                     mean = (values * weight[:num_trained]).sum() / weight.sum().clamp(min=1)
                     metrics[name][-num_trained:] = [mean.item()]
             if "clip_ratio/low_min" in metrics:
-                metrics["clip_ratio/low_min"][-num_trained:] = [
-                    min(metrics["clip_ratio/low_min"][-num_trained:] + [0.0] * bool(self._left_out))
-                ]
-                metrics["clip_ratio/high_max"][-num_trained:] = [max(metrics["clip_ratio/high_max"][-num_trained:])]
+                zeros = [0.0] * bool(tokens[num_trained:].any())  # NaN is of rows without tokens
+                for name, extreme in (("clip_ratio/low_min", min), ("clip_ratio/high_max", max)):
+                    values = [value for value in metrics[name][-num_trained:] if not math.isnan(value)]
+                    metrics[name][-num_trained:] = [extreme(values + zeros, default=math.nan)]
         sampled = trainer.args.entropy_estimator == "sampled"
         if len(sums) > 1 or sampled:
             mean = (negative_logps if sampled else entropies).sum() / tokens.sum().clamp(min=1)
             metrics["entropy"][-num_trained:] = [mean.item()]
         if trainer.temperature_schedule is not None:
             trainer.entropy_window.add(metrics["entropy"][-1], tokens.sum().item())
-        log_engine_health(trainer, self._differences, self._ratios)
 
 
 def _mask(rows: dict) -> torch.Tensor:

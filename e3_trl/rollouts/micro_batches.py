@@ -18,9 +18,12 @@ OF_BOTH = ("token_type_ids", "mm_token_type_ids")
 
 
 def window_steps(trainer) -> int:
-    """Micro-steps of a generation batch that are planned together, which always lie in one optimizer step."""
-    if keeps_order(trainer):
-        return 1
+    """Micro-steps of a generation batch that are planned together."""
+    return 1 if keeps_order(trainer) else shared_steps(trainer)
+
+
+def shared_steps(trainer) -> int:
+    """Micro-steps of a generation batch that always lie in one optimizer step, wherever it ends."""
     return math.gcd(trainer.args.steps_per_generation, trainer.args.gradient_accumulation_steps)
 
 

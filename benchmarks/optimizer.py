@@ -1,10 +1,11 @@
 """
 A training step of E3GRPOTrainer, with both parts of E3 off, against one of stock GRPOTrainer on the same rows:
-`OMP_NUM_THREADS=1 python benchmarks/optimizer.py`, which is in `make benchmark`; `--plot` draws what it has measured.
+`python benchmarks/optimizer.py`, which is in `make benchmark`; `--plot` draws what it has measured.
 
 All trainers are in one process and take turns of one step each. A ratio is of two turns that stood side by side. The
 optimizer phase is all that TRL does once it has completions and rewards: scoring passes, losses, backward passes,
-clipping, the optimizer's step. On a CPU the time is the processor's, of which other jobs on the machine take none.
+clipping, the optimizer's step. On a CPU, of which one core is used, the time is the processor's: other jobs on the
+machine take none of it.
 Completions are forced, so a whole step is here one of an engine that takes no time; `--sections quickstart
 --quickstart_model outputs/quickstart-base` has one with transformers' generate.
 
@@ -18,8 +19,11 @@ What can be saved depends on the rows, and each lever has a setting in which it 
    come with log-probs and without the correction, as in the paper's recipes, so stock makes no second pass.
 
 The last setting has nothing to save. In all of them E3's gradient is compared with stock's. On a GPU, where nothing
-but torch, transformers, trl, accelerate, peft and datasets is needed: `--device cuda --model qwen2-1.5b --length 4096
---output gpu.json`, a model of random weights in bfloat16 with gradient checkpointing.
+but torch, transformers, trl, accelerate, peft and datasets is needed, a model of random weights in bfloat16 with
+gradient checkpointing:
+
+    python benchmarks/optimizer.py --device cuda --model qwen2-1.5b --length 4096 --sections levers \
+      --levers 1 1+2 1+2+3 none --repeats 2 --output benchmarks/results/optimizer_gpu.json
 """
 
 import argparse
@@ -56,6 +60,7 @@ from recipes.quickstart.task import exact_answer_reward
 
 ROOT = Path(__file__).parent.parent
 NUM_GENERATIONS = 8
+USEFUL_TOKENS = 0.41  # of stock's, where completions are long-tailed
 MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512},
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4096},
@@ -107,18 +112,31 @@ ALL_LEVERS = SETTINGS[4]
 class Rows:
     """The rows of every step: forced completions, and rewards of which every other group's are equal or none's."""
 
-    def __init__(self, num_rows: int, max_length: int, vocab_size: int):
-        self.num_rows, self.max_length, self.vocab_size = num_rows, max_length, vocab_size
+    def __init__(self, num_rows: int, max_length: int, prompt_length: int, vocab_size: int):
+        self.num_rows, self.max_length, self.prompt_length = num_rows, max_length, prompt_length
+        self.vocab_size = vocab_size
         self.setting = SETTINGS[0]
 
     def lengths(self) -> np.ndarray:
         """Of the completions, in the order of their prompts."""
         if not self.setting.long_tailed:
             return np.full(self.num_rows, self.max_length)
-        # Log-normal, its tail cut off: 3 of 64 reach the limit.
+        # Log-normal, its tail cut off, its scale such that the share of useful tokens is the same for all lengths.
         normal = torch.special.ndtri((torch.arange(self.num_rows) + 0.5) / self.num_rows).numpy()
-        lengths = np.clip(0.28 * self.max_length * np.exp(0.8 * normal), 2, self.max_length).astype(int)
-        return np.random.default_rng(0).permutation(lengths)
+        scales = np.linspace(0, 0.5, 501)[1:, None] * self.max_length
+        lengths = np.clip(scales * np.exp(0.8 * normal), 2, self.max_length).astype(int)
+        best = np.abs((lengths + self.prompt_length).mean(axis=1) / self.width - USEFUL_TOKENS).argmin()
+        return np.random.default_rng(0).permutation(lengths[best])
+
+    @property
+    def width(self) -> int:
+        """Tokens of each row of stock's micro-batches, padding included."""
+        return self.prompt_length + self.max_length
+
+    @property
+    def useful_tokens(self) -> float:
+        """Share of stock's tokens that are no padding."""
+        return float((self.lengths() + self.prompt_length).mean() / self.width)
 
     def generate(self, prompt_ids, *args, **kwargs):
         rng = np.random.default_rng(1)
@@ -168,8 +186,8 @@ class StepClock(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if self.keeps_gradient:
-            gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-            self.gradient = torch.cat(gradients).float().cpu()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            self.gradient = torch.cat([gradient.flatten().cpu().float() for gradient in gradients])
 
     def on_step_end(self, args, state, control, **kwargs):
         end = self._now()
@@ -292,7 +310,7 @@ def make_bench(
 ) -> tuple[Bench, Rows]:
     """Stock and variants on `rows` rows of at most `length` tokens, and what decides on them."""
     cuda = args.device == "cuda"
-    work = Rows(rows, length, MODELS[model]["vocab_size"])
+    work = Rows(rows, length, args.prompt_length, MODELS[model]["vocab_size"])
     num_groups = rows // NUM_GENERATIONS
     dataset = Dataset.from_dict({"prompt": [f"{i:0{args.prompt_length - 1}}=" for i in range(num_groups)]})
     settings = {
@@ -309,7 +327,7 @@ def make_bench(
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": not cuda,
-        "bf16": cuda,
+        "bf16": False,  # on a GPU the weights are
         "gradient_checkpointing": cuda,
         "disable_tqdm": True,
     }
@@ -339,11 +357,6 @@ def choose(bench: Bench, work: Rows, setting: Setting) -> None:
         trainer.vllm_importance_sampling_correction = setting.corrects
 
 
-def useful_share(work: Rows, prompt_length: int) -> float:
-    """Of the tokens that stock's micro-batches have, padding included."""
-    return float((work.lengths() + prompt_length).mean() / (work.max_length + prompt_length))
-
-
 def measure_levers(args: argparse.Namespace, folder: str) -> list[dict]:
     """Each lever alone, and together."""
     bench, work = make_bench(args.model, args.rows, args.length, args, folder)
@@ -359,7 +372,7 @@ def measure_levers(args: argparse.Namespace, folder: str) -> list[dict]:
             for name in names:
                 found.append(
                     {"levers": setting.levers, "variant": name, "target": setting.target}
-                    | {"useful_tokens": round(useful_share(work, args.prompt_length), 3)}
+                    | {"useful_tokens": round(work.useful_tokens, 3)}
                     | {part: ratios[name][part] for part in ("optimizer", "step")}
                     | {"memory": round(memory[name] / memory[STOCK], 4), "gradient_difference": gradients[name]}
                 )
@@ -398,17 +411,17 @@ def measure_growth(args: argparse.Namespace, folder: str) -> dict[str, list[dict
             bench, work = make_bench(args.growth_model, rows, length, args, folder, names)
             choose(bench, work, ALL_LEVERS)
             gradients = bench.gradients(names)
-            memory = {name: bench.peak_memory(name) for name in [STOCK, *names]}
             ratios = bench.ratios(names, args.growth_repeats, progress)
             for name in names:
                 found[axis].append(
                     {"rows": rows, "length": length, "variant": name}
                     | {part: ratios[name][part] for part in ("optimizer", "step")}
-                    | {"memory": round(memory[name] / memory[STOCK], 4), "gradient_difference": gradients[name]}
+                    | {"gradient_difference": gradients[name]}
                 )
                 progress.write(
                     f"{rows:5} rows of up to {length:5} tokens, {name:7} optimizer "
-                    f"{show(found[axis][-1]['optimizer'])}  memory {found[axis][-1]['memory']:.3f}"
+                    f"{show(ratios[name]['optimizer'])}  step {show(ratios[name]['step'])}  "
+                    f"gradient {gradients[name]:.1e}"
                 )
     return found
 
@@ -424,7 +437,7 @@ def milliseconds(function, repeats: int) -> dict[str, float]:
 
 def measure_plan(args: argparse.Namespace) -> list[dict]:
     """The plan of 1,024 rows, their prompts and completions long-tailed, half of them with advantage 0."""
-    lengths = Rows(1024, 2048, 2).lengths()
+    lengths = Rows(1024, 2048, 16, 2).lengths()
     prompts, completions = np.roll(lengths, 1)[None] // 4, lengths[None]
     needs_gradient = (np.arange(1024) // NUM_GENERATIONS % 2 == 0)[None]
     longest = int((prompts + completions).max())
@@ -528,8 +541,87 @@ def machine(device: str) -> dict:
     return found | {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "numpy")}
 
 
+LABELS = {
+    "1": "1 less padding",
+    "2": "2 one forward pass, not two",
+    "3": "3 half the rows without backward pass",
+    "1+2": "1 and 2",
+    "1+2+3": "1, 2 and 3",
+    "none": "nothing to save",
+}
+COLORS = {"rows": "#1f77b4", "tokens": "#ff7f0e"}
+
+
+def plot(results: dict, path: str) -> None:
+    """Bars of the optimizer phase over stock's per setting, and of how it grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    figure, (left, *right) = plt.subplots(
+        1, 3, figsize=(11, 4.2), width_ratios=(2.2, 1, 1), layout="constrained", sharey=False
+    )
+    by_key = {(found["levers"], found["variant"]): found for found in results["levers"]}
+    order = [levers for levers in LABELS if (levers, "rows") in by_key]
+    for place, levers in enumerate(order):
+        variants = [variant for variant in VARIANTS if (levers, variant) in by_key]
+        height = 0.8 / len(variants)
+        for index, variant in enumerate(variants):
+            found = by_key[levers, variant]
+            ratio = found["optimizer"]
+            y = place - 0.4 + (index + 0.5) * height
+            left.barh(
+                y,
+                ratio["median"],
+                height * 0.9,
+                xerr=[[ratio["median"] - ratio["min"]], [ratio["max"] - ratio["median"]]],
+                color=COLORS[variant.split(",")[0]],
+                hatch="///" * variant.endswith("entropy"),
+                edgecolor="white",
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
+            left.text(ratio["max"] + 0.015, y, f"{ratio['median']:.2f}", va="center", fontsize=8)
+        if found["target"] is not None and found["target"] < 1:
+            left.plot([found["target"]] * 2, [place - 0.42, place + 0.42], color="black", linestyle=":")
+    left.set_yticks(range(len(order)), [LABELS[levers] for levers in order])
+    left.invert_yaxis()
+    left.axvline(1, color="black", linewidth=1)
+    left.set_xlim(0, 1.15)
+    left.set_xlabel("optimizer phase: time / stock GRPOTrainer's")
+    handles = [Patch(color=color, label=f"micro_batching: {name}") for name, color in COLORS.items()]
+    handles += [Patch(facecolor="0.7", edgecolor="white", hatch="///", label="entropy_estimator: sampled")]
+    handles += [Line2D([], [], color="black", label="stock"), Line2D([], [], color="black", ls=":", label="aim")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    titles = {"rows": "rows per step", "length": "tokens of the longest completion"}
+    for axes, (axis, points) in zip(right, results.get("growth", {}).items(), strict=False):
+        for variant, color in COLORS.items():
+            ours = [point for point in points if point["variant"] == variant]
+            ratios = [point["optimizer"] for point in ours]
+            median = [ratio["median"] for ratio in ratios]
+            errors = [[ratio["median"] - ratio["min"] for ratio in ratios]]
+            errors += [[ratio["max"] - ratio["median"] for ratio in ratios]]
+            places = [point[axis] for point in ours]
+            axes.errorbar(places, median, errors, color=color, marker="o", markersize=4, capsize=2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_ylim(0, 1.1)
+        axes.set_xlabel(titles[axis] + "\n(levers 1, 2 and 3)")
+    for axes in (left, *right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main(args: argparse.Namespace) -> None:
+    if args.plot:
+        plot(json.loads(Path(args.output).read_text()), args.plot)
+        return
     logging.getLogger("e3_trl").setLevel(logging.ERROR)  # each turn is a new run in the folder of the last
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     output = Path(args.output)
     # What another call has measured stays.
     results = json.loads(output.read_text()) if output.exists() else {}
@@ -565,7 +657,7 @@ if __name__ == "__main__":
     parser.add_argument("--growth_model", choices=list(MODELS), default="tiny")
     parser.add_argument("--growth_repeats", type=int, default=3)
     parser.add_argument("--growth_rows", type=int, nargs="*", default=[64, 256, 1024])
-    parser.add_argument("--growth_length", type=int, default=64)
+    parser.add_argument("--growth_length", type=int, default=32)
     parser.add_argument("--growth_num_rows", type=int, default=32)
     parser.add_argument("--growth_lengths", type=int, nargs="*", default=[128, 512, 2048])
     parser.add_argument("--num_prompts", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
@@ -573,5 +665,8 @@ if __name__ == "__main__":
     parser.add_argument("--quickstart_sizes", type=int, nargs="*", default=[128, 64, 32, 16])
     sections = ["levers", "growth", "plan", "dataset", "quickstart"]
     parser.add_argument("--sections", nargs="*", choices=sections, default=sections[:-1])
+    parser.add_argument(
+        "--plot", nargs="?", const=str(ROOT / "docs" / "optimizer.png"), help="draw the results there, measure nothing"
+    )
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "optimizer_cpu.json"))
     main(parser.parse_args())

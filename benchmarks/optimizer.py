@@ -63,7 +63,7 @@ NUM_GENERATIONS = 8
 USEFUL_TOKENS = 0.41  # of stock's, where completions are long-tailed
 MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512},
-    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4096},
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 2048},
     "qwen2-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936},
 }
 HEADS = {"tiny": (2, 1), "small": (8, 2), "qwen2-1.5b": (12, 2)}
@@ -631,7 +631,10 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for section in args.sections:
             if section == "levers":
-                results["levers"] = measure_levers(args, folder)
+                found = measure_levers(args, folder)
+                measured = {one["levers"] for one in found}
+                found += [one for one in results.get("levers", []) if one["levers"] not in measured]
+                results["levers"] = found
             elif section == "growth":
                 results["growth"] = measure_growth(args, folder)
             elif section == "plan":
@@ -652,7 +655,7 @@ if __name__ == "__main__":
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest completion")
     parser.add_argument("--prompt_length", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--levers", nargs="*", help="settings; all if left out")
     parser.add_argument("--growth_model", choices=list(MODELS), default="tiny")
     parser.add_argument("--growth_repeats", type=int, default=3)

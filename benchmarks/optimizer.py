@@ -542,9 +542,9 @@ def machine(device: str) -> dict:
 
 
 LABELS = {
-    "1": "1 less padding",
-    "2": "2 one forward pass, not two",
-    "3": "3 half the rows without backward pass",
+    "1": "1: less padding",
+    "2": "2: one forward pass, not two",
+    "3": "3: half the rows\nwithout backward pass",
     "1+2": "1 and 2",
     "1+2+3": "1, 2 and 3",
     "none": "nothing to save",
@@ -562,7 +562,7 @@ def plot(results: dict, path: str) -> None:
     from matplotlib.patches import Patch
 
     figure, (left, *right) = plt.subplots(
-        1, 3, figsize=(11, 4.2), width_ratios=(2.2, 1, 1), layout="constrained", sharey=False
+        1, 3, figsize=(11, 4.6), width_ratios=(2.2, 1, 1), layout="constrained", sharey=False
     )
     by_key = {(found["levers"], found["variant"]): found for found in results["levers"]}
     order = [levers for levers in LABELS if (levers, "rows") in by_key]
@@ -583,7 +583,8 @@ def plot(results: dict, path: str) -> None:
                 edgecolor="white",
                 error_kw={"elinewidth": 1, "capsize": 2},
             )
-            left.text(ratio["max"] + 0.015, y, f"{ratio['median']:.2f}", va="center", fontsize=8)
+            right_of = max(ratio["max"], found["target"] or 0) if (found["target"] or 1) < 1 else ratio["max"]
+            left.text(right_of + 0.015, y, f"{ratio['median']:.2f}", va="center", fontsize=8)
         if found["target"] is not None and found["target"] < 1:
             left.plot([found["target"]] * 2, [place - 0.42, place + 0.42], color="black", linestyle=":")
     left.set_yticks(range(len(order)), [LABELS[levers] for levers in order])
@@ -608,8 +609,9 @@ def plot(results: dict, path: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [f"{place:,}" for place in places])
         axes.axhline(1, color="black", linewidth=1)
+        axes.set_xlim(places[0] / 1.5, places[-1] * 1.5)
         axes.set_ylim(0, 1.1)
-        axes.set_xlabel(titles[axis] + "\n(levers 1, 2 and 3)")
+        axes.set_xlabel(titles[axis] + "\n(1, 2 and 3)")
     for axes in (left, *right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -56,6 +56,10 @@ compat-oldest compat-newest: compat-%:
 benchmark: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/rewards.py
+	KINETO_LOG_LEVEL=99 $(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/optimizer.py --plot
+# Where vLLM is not installed, there is nothing to measure of it.
+	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python benchmarks/generation.py; fi
 
 # One thread: on a model this small a second one brings little, and the numbers are the same on any number of cores.
 quickstart quickstart-compare: export OMP_NUM_THREADS := 1

@@ -596,7 +596,7 @@ def plot(results: dict, path: str) -> None:
     handles += [Patch(facecolor="0.7", edgecolor="white", hatch="///", label="entropy_estimator: sampled")]
     handles += [Line2D([], [], color="black", label="stock"), Line2D([], [], color="black", ls=":", label="aim")]
     figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
-    titles = {"rows": "rows per step", "length": "tokens of the longest completion"}
+    titles = {"rows": "rows per step", "length": "longest completion (tokens)"}
     for axes, (axis, points) in zip(right, results.get("growth", {}).items(), strict=False):
         for variant, color in COLORS.items():
             ours = [point for point in points if point["variant"] == variant]

@@ -62,8 +62,9 @@ class E3GRPOConfig(GRPOConfig):
             (`loss_type="bnpo"`, an entropy bonus, `top_entropy_quantile`, a router's auxiliary loss) and with images,
             TRL's stay together and only padding is cut; with dynamic NTK or LongRoPE nothing is done.
         max_tokens_per_micro_batch (`int`, *optional*):
-            Tokens that a micro-batch has at most with `"tokens"`, padding included. If `None`,
-            `per_device_train_batch_size` times the longest row of the step, which is what TRL's may have.
+            Tokens that a micro-batch has at most with `"tokens"`, padding included. If `None`, as many as TRL's have:
+            `per_device_train_batch_size` times the longest prompt and the longest completion of the step. If the rows
+            then need more micro-batches than there are micro-steps, the smallest limit with which they do not.
         entropy_estimator (`str`, *optional*, defaults to `"exact"`):
             Entropy that is logged, and that the temperature schedule follows. `"exact"` = of the policy at each token,
             `"sampled"` = minus the log-prob of each token that was sampled, an unbiased estimate of its mean: rows
@@ -180,7 +181,7 @@ class E3GRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Tokens of a micro-batch with 'tokens', padding included. None = `per_device_train_batch_size` "
-            "times the longest row of the step."
+            "times the longest prompt and completion of the step."
         },
     )
     entropy_estimator: str = field(

@@ -68,55 +68,69 @@ def plan_micro_batches(
     # Those that need it, then the shortest others.
     by_need = np.lexsort((prompt_lengths + completion_lengths, ~needs_gradient))
 
-    def cut(rows: np.ndarray, key: np.ndarray, min_pieces: int) -> tuple[list[np.ndarray], int]:
+    keys = completion_lengths, prompt_lengths, prompt_lengths + completion_lengths
+
+    def ordered(rows: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+        """Rows, the longest first, and of each place the length of all ranks' longest prompt and completion."""
         order = np.argsort(-np.take_along_axis(key, rows, axis=1), axis=1, kind="stable")
         rows = np.take_along_axis(rows, order, axis=1)
-        # The longest of all ranks decides how many rows go together on each of them.
-        widths = [
+        prompts, completions = (
             np.take_along_axis(lengths, rows, axis=1).max(axis=0).tolist()
             for lengths in (prompt_lengths, completion_lengths)
-        ]
-        sizes = _cut(*widths, max_rows, num_steps, max_tokens)
-        if len(sizes) < min_pieces:
-            sizes = [-(-sum(sizes) // 2), sum(sizes) // 2]
-        pieces = np.split(rows, np.cumsum(sizes)[:-1], axis=1) if sizes else []
-        return pieces, sum(_padded_tokens(*widths, sizes))
+        )
+        return rows, prompts, completions
 
-    keys = completion_lengths, prompt_lengths, prompt_lengths + completion_lengths
-    plans = [(cut(by_need[:, :num_trained], key, min_pieces), cut(by_need[:, num_trained:], key, 0)) for key in keys]
-    (trained, _), (left_out, _) = min(plans, key=lambda parts: parts[0][1] + parts[1][1])
+    def padded_tokens(key: np.ndarray) -> int:
+        _, *lengths = ordered(by_need[:, :num_trained], key)
+        return sum(_padded_tokens(*lengths, _equal(num_trained, max_rows)))
+
+    key = min(keys, key=padded_tokens)
+    pieces = []
+    for rows, least in ((by_need[:, :num_trained], min_pieces), (by_need[:, num_trained:], 0)):
+        rows, *lengths = ordered(rows, key)
+        num_rows = rows.shape[1]
+        sizes = _equal(num_rows, max_rows) if max_tokens is None else _within(*lengths, max_tokens, num_steps)
+        if len(sizes) < least:
+            sizes = [-(-sum(sizes) // 2), sum(sizes) // 2]
+        pieces.append(np.split(rows, np.cumsum(sizes)[:-1], axis=1) if sizes else [])
+    trained, left_out = pieces
     nothing = np.empty((len(needs_gradient), 0), dtype=np.int64)
     trained[1:1] = [nothing] * (num_steps - len(trained))
     return MicroBatchPlan(trained, left_out + [nothing] * (num_steps - len(left_out)))
 
 
-def _cut(
-    prompts: list[int], completions: list[int], max_rows: int, max_pieces: int, max_tokens: int | None
-) -> list[int]:
-    """Sizes of the pieces that rows, sorted by length, are cut into."""
-    if max_tokens is None:
-        whole, rest = divmod(len(prompts), max_rows)
-        return [rest] * (rest > 0) + [max_rows] * whole  # the fewest rows where they are the longest
-    sizes = _greedy(prompts, completions, max_tokens)
+def _equal(num_rows: int, size: int) -> list[int]:
+    """Pieces of one size, but for the first, where the rows are the longest."""
+    whole, rest = divmod(num_rows, size)
+    return [rest] * (rest > 0) + [size] * whole
+
+
+def _within(prompts: list[int], completions: list[int], max_tokens: int, max_pieces: int) -> list[int]:
+    """As few pieces as have `max_tokens` each; and if those are too many, `max_pieces` with little more."""
+    sizes = _greedy(prompts, completions, max_tokens, max_pieces)
     if len(sizes) > max_pieces:
-        low, high = max_tokens, -(-len(prompts) // max_pieces) * (max(prompts) + max(completions))
+        equal = _equal(len(prompts), -(-len(prompts) // max_pieces))
+        low, high = max_tokens, max(_padded_tokens(prompts, completions, equal))
         while high - low > 1 + high // 100:
             middle = (low + high) // 2
-            low, high = (low, middle) if len(_greedy(prompts, completions, middle)) <= max_pieces else (middle, high)
-        sizes = _greedy(prompts, completions, high)
+            fits = len(_greedy(prompts, completions, middle, max_pieces)) <= max_pieces
+            low, high = (low, middle) if fits else (middle, high)
+        sizes = _greedy(prompts, completions, high, max_pieces)
     return sizes
 
 
-def _greedy(prompts: list[int], completions: list[int], max_tokens: int) -> list[int]:
-    """Each piece takes as many rows as `max_tokens` allows, and at least one."""
+def _greedy(prompts: list[int], completions: list[int], max_tokens: int, max_pieces: int) -> list[int]:
+    """Each piece takes as many rows as `max_tokens` allows, and at least one; a piece too many ends it."""
     sizes: list[int] = []
     size = prompt = completion = 0
-    for row in range(len(prompts)):
-        prompt, completion = max(prompt, prompts[row]), max(completion, completions[row])
-        if size and (size + 1) * (prompt + completion) > max_tokens:
+    for one_prompt, one_completion in zip(prompts, completions, strict=True):
+        widest = max(prompt, one_prompt) + max(completion, one_completion)
+        if size and (size + 1) * widest > max_tokens:
             sizes.append(size)
-            size, prompt, completion = 0, prompts[row], completions[row]
-        size += 1
+            if len(sizes) > max_pieces:
+                break
+            size = prompt = completion = 0
+        size, prompt, completion = size + 1, max(prompt, one_prompt), max(completion, one_completion)
     return sizes + [size] * (size > 0)
 
 

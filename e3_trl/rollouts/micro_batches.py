@@ -94,7 +94,7 @@ def _plan(trainer, batches: list[dict], lengths: np.ndarray) -> list[dict]:
     prompts, completions, needs_gradient = lengths.swapaxes(0, 1).reshape(num_ranks, -1, 3).transpose(2, 0, 1)
     max_tokens = None
     if trainer.args.micro_batching == "tokens":
-        max_tokens = trainer.args.max_tokens_per_micro_batch or num_rows * int((prompts + completions).max())
+        max_tokens = trainer.args.max_tokens_per_micro_batch or num_rows * int(prompts.max() + completions.max())
     plan = plan_micro_batches(prompts, completions, needs_gradient.astype(bool), num_steps, max_tokens)
     window = {
         name: torch.cat([batch[name] for batch in batches]) if value.ndim else value

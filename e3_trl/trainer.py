@@ -348,6 +348,7 @@ class E3GRPOTrainer(GRPOTrainer):
     # --- the run, its checkpoints and its card
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        self.loss_window = LossWindow(self)  # a run that was interrupted leaves half a one
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         if checkpoint is None:
             begin_run(self)

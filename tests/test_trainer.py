@@ -16,6 +16,7 @@ from conftest import (
 )
 from peft import LoraConfig
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
@@ -224,8 +225,12 @@ def test_temperature_changes_only_between_generation_batches(make_trainer, setti
     assert len(set(sampled)) > 1
 
 
-@pytest.mark.parametrize("micro_batch", [16, 4])
-def test_target_is_the_token_weighted_entropy_of_the_first_batch(make_trainer, micro_batch):
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("micro_batch", "is_interrupted"), [(16, False), (4, False), (4, True)])
+def test_target_is_the_token_weighted_entropy_of_the_first_batch(make_trainer, micro_batch, is_interrupted):
     """A mean of the micro-batches' means weighs short completions too much."""
     trainer = make_trainer(
         per_device_train_batch_size=micro_batch,
@@ -234,6 +239,13 @@ def test_target_is_the_token_weighted_entropy_of_the_first_batch(make_trainer, m
         mask_truncated_completions=True,
         max_completion_length=24,
     )
+    if is_interrupted:
+        callback = TrainerCallback()
+        callback.on_substep_end = interrupt
+        trainer.add_callback(callback)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(callback)
     trainer.train()
     reference = make_trainer().model
     total, num_tokens, means = 0.0, 0, []

@@ -5,8 +5,8 @@ import math
 import torch
 
 from ..method.importance import importance_sampling_ratio
-from .micro_batches import shared_steps, window_steps
-from .scoring import is_planned, score_rows
+from .micro_batches import planned_steps, shared_steps
+from .scoring import is_planned, needs_old_logps, score_rows
 from .telemetry import log_engine_health
 
 
@@ -67,8 +67,7 @@ class LossWindow:
         Note the log-probs of rows under the policy that sampled them: for later steps, once it has changed, and for
         the importance of what vLLM sampled, which TRL computes from a forward pass of its own.
         """
-        trainer = self.trainer
-        if trainer.args.gradient_accumulation_steps % trainer.window_steps != 0 and is_planned(trainer):
+        if needs_old_logps(self.trainer) and is_planned(self.trainer):
             inputs["old_per_token_logps"] = logps
         self._compare(inputs, logps)
 
@@ -103,7 +102,7 @@ class LossWindow:
             `torch.Tensor`: the loss as if the micro-step had as many rows as TRL's.
         """
         trainer, self._inputs = self.trainer, None
-        steps = window_steps(trainer), shared_steps(trainer)
+        steps = planned_steps(trainer), shared_steps(trainer)
         ends_window, ends_step = ((trainer.window_step + 1) % number == 0 for number in steps)
         if not trainer.model.training:
             ends_window = ends_step = True
@@ -123,7 +122,7 @@ class LossWindow:
         metrics = trainer._metrics["train"]
         num_trained = len(self._trained)
         sums = trainer.accelerator.reduce(torch.stack(self._trained + self._left_out), reduction="sum")
-        rows, tokens, entropies, negative_logps = sums.double().T
+        rows, tokens, entropies, negative_logps = sums.cpu().double().T
         if len(sums) > 1:
             weights = rows if trainer.importance_sampling_level == "sequence" else tokens
             for name in TOKEN_MEANS:

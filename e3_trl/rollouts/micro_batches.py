@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..method.micro_batches import plan_micro_batches
-from .scoring import attended_columns, is_planned, score_rows
+from .scoring import attended_columns, is_planned, needs_old_logps, score_rows
 
 
 OF_PROMPT = ("prompt_ids", "prompt_mask")
@@ -17,7 +17,7 @@ OF_COMPLETION = (
 OF_BOTH = ("token_type_ids", "mm_token_type_ids")
 
 
-def window_steps(trainer) -> int:
+def planned_steps(trainer) -> int:
     """Micro-steps of a generation batch that are planned together."""
     return 1 if keeps_order(trainer) else shared_steps(trainer)
 
@@ -46,7 +46,7 @@ def plan_generation_batch(trainer) -> None:
 
     A micro-step may have no rows to train on, and rows that need no forward pass with gradients (`left_out`).
     """
-    batches, num_steps = trainer._buffered_inputs, window_steps(trainer)
+    batches, num_steps = trainer._buffered_inputs, planned_steps(trainer)
     if not keeps_order(trainer):
         lengths = _lengths(trainer, batches)
         batches = [
@@ -67,7 +67,7 @@ def plan_generation_batch(trainer) -> None:
 def _num_on_policy(trainer) -> int:
     """Micro-steps of a generation batch that end before the policy changes: their log-probs are the old ones."""
     update, steps = trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation
-    if update % trainer.window_steps == 0:
+    if not needs_old_logps(trainer):
         return steps
     return min(update, steps) if trainer.window_steps % update == 0 else 0
 

@@ -62,7 +62,7 @@ def without_old_logps(trainer, batch: GenerationBatch) -> Iterator[None]:
     """
     corrects = trainer.vllm_importance_sampling_correction
     if is_planned(trainer):
-        batch.defers_old_logps = trainer.args.gradient_accumulation_steps % trainer.window_steps != 0
+        batch.defers_old_logps = needs_old_logps(trainer)
         trainer.vllm_importance_sampling_correction = False
     try:
         yield
@@ -114,6 +114,11 @@ def scoring_pass(
         for whole, output in zip(scored, outputs, strict=True):
             whole[rows, : output.size(1)] = output
     return scored[0], scored[1] if compute_entropy else None, None
+
+
+def needs_old_logps(trainer) -> bool:
+    """Whether a generation batch is trained on after the policy has changed, as TRL reckons it."""
+    return trainer.args.gradient_accumulation_steps % trainer.window_steps != 0
 
 
 def is_planned(trainer) -> bool:

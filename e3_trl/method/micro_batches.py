@@ -46,7 +46,7 @@ def plan_micro_batches(
         num_steps (`int`): micro-steps of the window, a divisor of N.
         max_tokens (`int`, *optional*): tokens, padding included, that a micro-batch may have. `None` = a micro-batch
             has at most N / `num_steps` rows. A budget that would take more than `num_steps` micro-batches is raised
-            to the smallest, to 1%, that does not.
+            to the smallest, to 2%, that does not.
 
     Returns:
         [`MicroBatchPlan`].
@@ -111,7 +111,7 @@ def _within(prompts: list[int], completions: list[int], max_tokens: int, max_pie
     if len(sizes) > max_pieces:
         equal = _equal(len(prompts), -(-len(prompts) // max_pieces))
         low, high = max_tokens, max(_padded_tokens(prompts, completions, equal))
-        while high - low > 1 + high // 100:
+        while high - low > 1 + high // 50:
             middle = (low + high) // 2
             fits = len(_greedy(prompts, completions, middle, max_pieces)) <= max_pieces
             low, high = (low, middle) if fits else (middle, high)

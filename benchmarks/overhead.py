@@ -2,7 +2,8 @@
 What E3 itself costs: `make benchmark`.
 
 Budgets of a batch of 4,096 prompts, ranks of 1,000,000 prompts, and the share of a training step of 512 rows that is
-spent in E3's code. The model is tiny, so that a step is short and the share an upper bound for larger ones.
+spent in E3's code. The model is tiny, so that a step is short and the share an upper bound for larger ones. What other
+micro-batches cost and save is in `optimizer.py`.
 """
 
 import statistics
@@ -72,6 +73,7 @@ def step_shares(steps: int) -> list[float]:
             num_generations_max=12,
             max_completion_length=32,
             max_steps=steps,
+            micro_batching="none",
         )
         shares, last = [], {"time": time.perf_counter(), "e3": 0.0}
         training_step = trainer.training_step

@@ -246,9 +246,11 @@ def test_text_that_stops_or_constrains_is_made(make_trainer, settings, written):
     texts = record_texts(trainer)
     trainer.train()
     assert any(texts)
-    completions = trainer.processing_class.batch_decode(
-        trainer._buffered_inputs[0]["completion_ids"], skip_special_tokens=True
-    )
+    completions = [
+        completion
+        for rows in trained_rows(trainer._buffered_inputs)
+        for completion in trainer.processing_class.batch_decode(rows["completion_ids"], skip_special_tokens=True)
+    ]
     assert len(completions) == 16
     for completion in completions:
         assert re.fullmatch(written, completion)

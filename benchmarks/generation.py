@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
             vllm_mode="colocate",
             vllm_max_model_length=args.prompt_length + args.completion_length,
             vllm_gpu_memory_utilization=0.5,
+            vllm_request_seeds=True,  # the engine is then one that can; calls without seeds are made below
             generation_kwargs={"ignore_eos": True},  # the same number of tokens for all
             model_init_kwargs={"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
             use_cpu=not torch.cuda.is_available(),

@@ -434,6 +434,28 @@ def test_a_run_resumed_inside_a_window_goes_on_with_the_rows_that_were_left_out(
         assert torch.equal(a, b)
 
 
+def test_a_window_is_finished_as_planned_where_the_policy_is_another_by_then(model_path, tmp_path):
+    """Micro-steps without rows are none of TRL's."""
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 8,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "reward_funcs": half_the_prompts_reward,
+    }
+    whole = build_trainer(model_path, tmp_path / "whole", **settings)
+    windows = []
+    whole.add_callback(OnSave(lambda: windows.append([dict(batch) for batch in whole._buffered_inputs])))
+    whole.train()
+    step = next(step for step in (1, 3) if any("completion_ids" not in batch for batch in windows[step - 1][4:]))
+    resumed = build_trainer(model_path, tmp_path / "resumed", **settings | {"micro_batching": "none"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    for name in ("loss", "grad_norm", "temperature"):
+        assert logged(resumed, name)[step] == pytest.approx(logged(whole, name)[step], rel=1e-5), name
+
+
 class OnSave(TrainerCallback):
     def __init__(self, function):
         self.function = function

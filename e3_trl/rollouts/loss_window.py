@@ -6,7 +6,7 @@ import torch
 
 from ..method.importance import importance_sampling_ratio
 from .micro_batches import planned_steps, shared_steps
-from .scoring import is_planned, needs_old_logps, score_rows
+from .scoring import is_planned, loss_mask, needs_old_logps, score_rows
 from .telemetry import log_engine_health
 
 
@@ -42,7 +42,7 @@ class LossWindow:
 
     def _score_left_out(self, rows: dict) -> None:
         """Those of an optimizer step after the first are compared with no engine: the policy is another by then."""
-        mask = _mask(rows)
+        mask = loss_mask(rows)
         if self.trainer.args.entropy_estimator == "sampled" and "sampling_per_token_logps" in rows:
             logps = torch.nan_to_num(rows["sampling_per_token_logps"])
             entropies = torch.zeros_like(logps)
@@ -58,7 +58,7 @@ class LossWindow:
             return
         self._inputs = None
         logps, entropies = logps.detach(), entropies.detach()
-        self._trained.append(_sums(_mask(inputs), logps, entropies))
+        self._trained.append(_sums(loss_mask(inputs), logps, entropies))
         if not is_planned(self.trainer) or "old_per_token_logps" not in inputs:
             self.remember(inputs, logps)
 
@@ -78,7 +78,7 @@ class LossWindow:
             return
         if trainer.model.training and trainer.state.global_step != trainer.sampled_step:
             return  # after an update, the policy is another one than sampled
-        mask, sampling_logps = _mask(inputs), inputs["sampling_per_token_logps"]
+        mask, sampling_logps = loss_mask(inputs), inputs["sampling_per_token_logps"]
         self._differences.append((logps - sampling_logps).abs()[mask.bool()])
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             ratio = inputs["importance_sampling_ratio"] = importance_sampling_ratio(
@@ -104,6 +104,8 @@ class LossWindow:
         trainer, self._inputs = self.trainer, None
         steps = planned_steps(trainer), shared_steps(trainer)
         ends_window, ends_step = ((trainer.window_step + 1) % number == 0 for number in steps)
+        # A window that was planned before `micro_batching` changed may have no rows yet: they come.
+        ends_window = ends_window and bool(self._trained)
         if not trainer.model.training:
             ends_window = ends_step = True
         elif ends_window:
@@ -142,10 +144,6 @@ class LossWindow:
             metrics["entropy"][-num_trained:] = [mean.item()]
         if trainer.temperature_schedule is not None:
             trainer.entropy_window.add(metrics["entropy"][-1], tokens.sum().item())
-
-
-def _mask(rows: dict) -> torch.Tensor:
-    return rows["completion_mask"] * rows.get("tool_mask", 1)
 
 
 def _sums(mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:

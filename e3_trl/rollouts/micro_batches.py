@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..method.micro_batches import plan_micro_batches
-from .scoring import attended_columns, is_planned, needs_old_logps, score_rows
+from .scoring import attended_columns, is_planned, loss_mask, needs_old_logps, score_rows
 
 
 OF_PROMPT = ("prompt_ids", "prompt_mask")
@@ -79,7 +79,7 @@ def _lengths(trainer, batches: list[dict]) -> np.ndarray:
     """
     rows = []
     for batch in batches:
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        mask = loss_mask(batch)
         needs_gradient = mask.any(dim=1)  # it is empty where a truncated completion is masked
         if trainer.beta == 0:
             needs_gradient &= (batch["advantages"] != 0).reshape(len(mask), -1).any(dim=1)

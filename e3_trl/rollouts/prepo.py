@@ -6,7 +6,7 @@ from trl.trainer.utils import pad
 
 from ..method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
 from .batch import GenerationBatch, read_examples
-from .scoring import score, score_rows
+from .scoring import loss_mask, score, score_rows
 
 
 def select_prompts(trainer, batch: GenerationBatch) -> None:
@@ -42,10 +42,9 @@ def _perplexity(trainer, prompt_ids: np.ndarray) -> torch.Tensor:
 
 def weigh_by_entropy(trainer, batch: GenerationBatch, output: dict) -> None:
     """Multiply each completion's advantage by its entropy relative to the batch's."""
-    mask = output["completion_mask"] * output.get("tool_mask", 1)
     logps, entropies = score_rows(trainer, output)
     if batch.owes_old_logps:
         output["old_per_token_logps"], batch.owes_old_logps = logps, False
-    weights = entropy_weights(trainer.accelerator.gather(token_mean(entropies, mask)))
+    weights = entropy_weights(trainer.accelerator.gather(token_mean(entropies, loss_mask(output))))
     trainer.add_metric("entropy_weight/max", weights.max().item())
     batch.advantages = batch.advantages * weights

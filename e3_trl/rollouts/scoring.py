@@ -54,6 +54,11 @@ def score_rows(trainer, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return score(trainer, tokens, attended, rows["completion_ids"].size(1), **images)
 
 
+def loss_mask(rows: dict) -> torch.Tensor:
+    """1 where a token counts in the loss: the model wrote it, and its completion is not masked; shape `(B, T)`."""
+    return rows["completion_mask"] * rows.get("tool_mask", 1)
+
+
 @contextmanager
 def without_old_logps(trainer, batch: GenerationBatch) -> Iterator[None]:
     """

@@ -5,7 +5,9 @@ SEED ?= 0
 # will be one, as on the login node of a cluster.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 BIN := .venv/bin
-RUN := outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
+RUN := outputs/quickstart$(OF_SEED)
+BASE := outputs/quickstart-base$(OF_SEED)
 
 .PHONY: install test quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
 
@@ -64,15 +66,17 @@ benchmark: install
 # One thread: on a model this small a second one brings little, and the numbers are the same on any number of cores.
 quickstart quickstart-compare: export OMP_NUM_THREADS := 1
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train.py
+OF_BASE := --seed $(SEED) --model_name_or_path $(BASE) --dataset_name $(BASE)/train.jsonl
 
+# Another seed has other rules, families, problems and another base model.
 quickstart: install
-	$(BIN)/python -m recipes.quickstart.prepare
-	$(LAUNCH) --config recipes/quickstart/config_e3.yaml --seed $(SEED) --output_dir $(RUN)
+	$(BIN)/python -m recipes.quickstart.prepare --seed $(SEED) --output_dir $(BASE)
+	$(LAUNCH) --config recipes/quickstart/config_e3.yaml $(OF_BASE) --output_dir $(RUN)
 	$(BIN)/python -m recipes.quickstart.report $(RUN)
 
 # The same with plain GRPO, beside the E3 run of the same seed.
 quickstart-compare: quickstart
-	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml --seed $(SEED) --output_dir $(RUN)-grpo
+	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml $(OF_BASE) --output_dir $(RUN)-grpo
 	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
 
 # A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 [REPO=me/my-model].

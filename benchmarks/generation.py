@@ -23,6 +23,7 @@ from e3_trl import E3GRPOConfig, E3GRPOTrainer, allocate_rollouts
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from recipes.quickstart.prepare import make_tokenizer
+from recipes.quickstart.task import RuleTask
 
 
 NUM_GENERATIONS = 8
@@ -34,7 +35,7 @@ def spread(values) -> str:
 
 
 def make_model(folder: str, vocab_size: int) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(RuleTask.characters)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,

@@ -55,7 +55,7 @@ from e3_trl.rollouts.sampler import RolloutBudgetSampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from recipes.quickstart.prepare import make_tokenizer
-from recipes.quickstart.task import exact_answer_reward
+from recipes.quickstart.task import RuleTask, answer_reward
 
 
 ROOT = Path(__file__).parent.parent
@@ -288,7 +288,7 @@ def show(numbers: dict[str, float]) -> str:
 
 def make_model(name: str, max_positions: int, device: str) -> Qwen2ForCausalLM:
     """Randomly initialised, the same weights each time."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(RuleTask.characters)
     heads, key_value_heads = HEADS[name]
     config = Qwen2Config(
         **MODELS[name],
@@ -342,7 +342,7 @@ def make_bench(
             work.reward,
             config_class(output_dir=f"{folder}/{name}", **settings | own),
             dataset,
-            processing_class=make_tokenizer(),
+            processing_class=make_tokenizer(RuleTask.characters),
         )
         trainer._generate_single_turn = work.generate
         trainer.vllm_generation = SimpleNamespace(seeded=lambda *args: nullcontext())
@@ -508,7 +508,7 @@ def measure_quickstart(args: argparse.Namespace, folder: str) -> list[dict]:
                 | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 128 // size}
             )
             trainers[f"{name} {size}"] = (GRPOTrainer if is_stock else E3GRPOTrainer)(
-                args.quickstart_model, exact_answer_reward, config, data
+                args.quickstart_model, answer_reward, config, data
             )
     bench = Bench(trainers)
     names = [name for name in trainers if name != f"{STOCK} 128"]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.quickstart.task import exact_answer_reward, write_solution
+from benchmarks.study.tasks import ChainTask, SumTask
+from recipes.quickstart.prepare import make_tokenizer
+from recipes.quickstart.task import LEVELS, RuleTask, answer_reward
 
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +43,14 @@ def test_prepares_trains_and_reports(tmp_path):
     assert report.keys() >= {"before", "quickstart", "quickstart-grpo"}
     assert report["seed"] == 0
     assert report["settings"]["temperature_schedule"] == "entropy"
-    assert set(report["before"]["pass@1"]) == {"2", "3", "4", "5", "6", "7", "8", "all"}
+    assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}
+    base = json.loads((tmp_path / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
+    assert base["benchmarks"]["held-out problems"]["pass@k"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
     train, test = (
         {json.loads(line)["prompt"] for line in (tmp_path / f"outputs/quickstart-base/{name}.jsonl").open()}
         for name in ("train", "test")
     )
-    assert (len(train), len(test)) == (560, 140)
+    assert (len(train), len(test)) == (432, 192)
     assert not train & test
     assert "is there already" in run(tmp_path, "recipes.quickstart.prepare")
 
@@ -55,9 +59,9 @@ GREEDY = """
 import sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    engine = LLM(model=sys.argv[1], dtype="float32", max_model_len=96)
-    greedy = SamplingParams(temperature=0.0, max_tokens=16)
-    print("GREEDY", [list(output.outputs[0].token_ids) for output in engine.generate(["1+2=", "7+8+9="], greedy)])
+    engine = LLM(model=sys.argv[1], dtype="float32", max_model_len=32)
+    greedy = SamplingParams(temperature=0.0, max_tokens=6)
+    print("GREEDY", [list(output.outputs[0].token_ids) for output in engine.generate(["A12:", "B789:"], greedy)])
 """
 
 
@@ -81,14 +85,55 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     expected = []
-    for prompt in ("1+2=", "7+8+9="):
+    for prompt in ("A12:", "B789:"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        expected.append(model.generate(ids, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :].tolist())
+        expected.append(model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :].tolist())
     (tmp_path / "greedy.py").write_text(GREEDY)
     assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder))
 
 
-def test_the_reward_takes_the_last_result_alone():
-    assert write_solution("4+7+5=", random.Random(0)) == "4+7=1 1+5=6"
-    completions = ["4+7=1 1+5=6", "4+7=1 1+5=7", "6", "", "4+7=1 1+5=66"]
-    assert exact_answer_reward(completions, ["6"] * 5) == [1.0, 0.0, 1.0, 0.0, 0.0]
+def test_the_reward_takes_the_digits_alone():
+    completions = ["c906", "a906", "906", "", "c9061", "c907"]
+    assert answer_reward(completions, ["906"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_every_family_has_one_right_rule_and_is_taught_to_try_it_as_often_as_its_level_says():
+    task = RuleTask(3)
+    for family, level in task.level.items():
+        prior = task.prior(family)
+        assert sum(prior.values()) == pytest.approx(1)
+        assert prior[task.choices[family][0]] == level
+        assert max(prior, key=prior.get) in task.choices[family]
+    assert sorted(task.level.values()) == sorted(4 * LEVELS)
+    assert task.permutations != RuleTask(4).permutations
+
+
+@pytest.mark.parametrize("task", [RuleTask(0), ChainTask(0), SumTask(0)])
+def test_what_a_lesson_teaches_and_nothing_else_is_learned(task):
+    rng = random.Random(0)
+    test = task.problems(4, rng)
+    prompts = {row["prompt"] for row in test}
+    assert not prompts & {row["prompt"] for row in task.problems(4, rng, prompts)}
+    for text, start, stop in task.lessons(200, rng, prompts):
+        prompt = text[: text.index("=" if isinstance(task, SumTask) else ":") + 1]
+        assert prompt not in prompts
+        learned = text[start:stop]
+        if isinstance(task, RuleTask) and stop == len(text):  # which rule
+            assert (start, learned in task.permutations) == (len(prompt), True)
+        else:  # the digits under the rule that stands before, or all of the answer; and where to end
+            assert stop == len(text) + 1
+            assert start == len(prompt) + isinstance(task, RuleTask)
+    right = [task.choices[row["family"]][0] + row["answer"] for row in test] if isinstance(task, RuleTask) else None
+    answers = right or [row["answer"] for row in test]
+    assert task.reward(["=" * isinstance(task, SumTask) + text for text in answers], [r["answer"] for r in test]) == [
+        1.0
+    ] * len(test)
+
+
+def test_every_character_survives_the_tokenizer_that_a_saved_model_is_loaded_with(tmp_path):
+    make_tokenizer(RuleTask.characters).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(RuleTask.characters).input_ids
+    assert len(set(ids)) == len(RuleTask.characters)
+    assert tokenizer.decode(ids) == RuleTask.characters

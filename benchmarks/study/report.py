@@ -1,0 +1,284 @@
+"""
+What the study found: one table, two figures, and the numbers behind them.
+
+    python -m benchmarks.study.report [--study_dir outputs/study]
+
+Writes `study.json` (every number of every seed), `study.md` (the tables), `study_pass_at_k.png` and
+`study_differences.png`. It can be run while the study runs: what is there is reported, with the number of seeds.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from transformers import HfArgumentParser
+
+from benchmarks.study.run import NUM_SAMPLES, STUDY, read_study
+from e3_trl.evaluation.metrics import bootstrap_means, pass_at_k
+from e3_trl.runs.describe import write_json
+
+
+KS = (1, 2, 4, 8, 16, 32, NUM_SAMPLES)
+# What is compared with GRPO, seed by seed: name, heading, format of a value, and whether more is better.
+MEASURES = {
+    "pass@1": "pass@1",
+    "pass@16": "pass@16",
+    "pass@64": "pass@64",
+    "hard pass@64": "pass@64, harder half",
+    "families solved": "families solved",
+    "all-wrong": "all-wrong, last quarter",
+}
+TITLES = {"rules": "(a) which rule", "chains": "(b) chains of actions", "sums": "(c) noisy sums"}
+IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo")
+
+
+@dataclass
+class Arguments:
+    """
+    Args:
+        study_dir (`str`): where the study has run.
+        results_dir (`str`): for `study.json` and `study.md`.
+        figures_dir (`str`): for the figures.
+    """
+
+    study_dir: str = "outputs/study"
+    results_dir: str = "benchmarks/results"
+    figures_dir: str = "docs"
+
+
+def mean_pass_at_k(correct: np.ndarray, k: int) -> float:
+    return float(np.mean([pass_at_k(NUM_SAMPLES, int(count), k) for count in correct]))
+
+
+def measure(run: dict, base: dict, levels: list[str], goal: float | None) -> dict[str, float]:
+    """
+    The numbers of one run.
+
+    Args:
+        run (`dict`): what `run.py` wrote of it, or of the base model.
+        base (`dict`): what it wrote of the base model.
+        levels (`list[str]`): levels of the task, easiest first.
+        goal (`float`, *optional*): held-out pass@1 that GRPO ends with on this seed.
+
+    Returns:
+        `dict` with `pass@k` at temperature 1 for each of `KS`; `own pass@k` at the run's last temperature; `easy
+        pass@k` and `hard pass@k` of the two halves of the levels; `families solved` (share of families of which at
+        least half of the samples are right); and of a run `all-wrong` (share of a batch's prompts, mean over the last
+        quarter of the steps) and `all-wrong by eighth`, `entropy` (last quarter), `entropy error` (mean distance from
+        its target, as a part of it, over the second half), `temperature` (last), `rollouts`, `tokens` and
+        `rollouts to goal` and `tokens to goal` (sampled until the first evaluation that reaches it, NaN = never).
+    """
+    correct = np.array(run["correct"])
+    level, family = np.array(base["level"]), np.array(base["family"])
+    halves = {"easy": np.isin(level, levels[: len(levels) // 2]), "hard": np.isin(level, levels[len(levels) // 2 :])}
+    numbers = {f"pass@{k}": mean_pass_at_k(correct, k) for k in KS}
+    for name, part in halves.items():
+        numbers |= {f"{name} pass@{k}": mean_pass_at_k(correct[part], k) for k in (1, 16, 64)}
+    solved = [correct[family == one].mean() >= NUM_SAMPLES / 2 for one in np.unique(family)]
+    numbers["families solved"] = float(np.mean(solved))
+    if run is base:
+        return numbers
+    own = np.array(run["correct_at_own_temperature"])
+    numbers |= {f"own pass@{k}": mean_pass_at_k(own, k) for k in (1, 16, 64)}
+    log = {name: np.array(values) for name, values in run["log"].items()}
+    steps = len(log["entropy"])
+    numbers["all-wrong"] = float(np.nanmean(log["rollouts/all_wrong"][-steps // 4 :]))
+    eighths = np.array_split(log["rollouts/all_wrong"], min(8, steps))
+    numbers["all-wrong by eighth"] = [round(float(np.nanmean(part)), 4) for part in eighths]
+    numbers["entropy"] = float(log["entropy"][-steps // 4 :].mean())
+    if len(log["target_entropy"]):
+        error = np.abs(log["entropy"][-steps // 2 :] / log["target_entropy"][-steps // 2 :] - 1)
+        numbers["entropy error"] = float(error.mean())
+    numbers["temperature"] = run["last_temperature"]
+    numbers["seconds"] = run["seconds"]
+    reached = [step for step, value in zip(run["evaluated_at"], run["pass@1"], strict=True) if goal and value >= goal]
+    for name in ("rollouts", "tokens"):
+        total = np.cumsum(run[name])
+        numbers[name] = int(total[-1])
+        numbers[f"{name} to goal"] = int(total[reached[0]]) if reached else None
+    return numbers
+
+
+def read_task(folder: Path, levels: list[str]) -> dict[str, dict[int, dict]]:
+    """The numbers of every run of a task: by method, `base` first, and seed."""
+    numbers: dict[str, dict[int, dict]] = {"base": {}}
+    for seed_folder in sorted(folder.glob("seed*"), key=lambda path: int(path.name[4:])):
+        seed = int(seed_folder.name[4:])
+        runs = {path.stem: json.loads(path.read_text()) for path in seed_folder.glob("*.json")}
+        if not {"base", "grpo"} <= runs.keys():
+            continue
+        base = runs.pop("base")
+        numbers["base"][seed] = measure(base, base, levels, None)
+        # Each evaluation has few samples: the last three together.
+        goal = float(np.mean(runs["grpo"]["pass@1"][-3:]))
+        for method, run in runs.items():
+            numbers.setdefault(method, {})[seed] = measure(run, base, levels, goal)
+    return numbers
+
+
+def compare(of_method: dict[int, dict], of_grpo: dict[int, dict]) -> dict[str, dict]:
+    """Difference to GRPO over the seeds that both have: mean, and 95% interval (bootstrap over seeds)."""
+    seeds = sorted(of_method.keys() & of_grpo.keys())
+    differences = np.array([[of_method[s][name] - of_grpo[s][name] for name in MEASURES] for s in seeds])
+    low, high = np.percentile(bootstrap_means(differences), [2.5, 97.5], axis=0)
+    return {
+        name: {"mean": float(differences[:, i].mean()), "low": float(low[i]), "high": float(high[i])}
+        for i, name in enumerate(MEASURES)
+    }
+
+
+def cost(of_method: dict[int, dict], of_grpo: dict[int, dict]) -> dict[str, float | int | None]:
+    """
+    Medians over seeds, as parts of GRPO's on the same seed: `rollouts`, `tokens` and `seconds` of the whole run, and
+    `rollouts to goal` and `tokens to goal` as parts of all that GRPO samples; `reached`: in how many seeds it was.
+    """
+    seeds = sorted(of_method.keys() & of_grpo.keys())
+    result: dict = {
+        name: float(np.median([of_method[s][name] / of_grpo[s][name] for s in seeds]))
+        for name in ("rollouts", "tokens", "seconds")
+    }
+    result["reached"] = sum(of_method[s]["rollouts to goal"] is not None for s in seeds)
+    for name in ("rollouts", "tokens"):
+        parts = [(of_method[s][f"{name} to goal"] or np.inf) / of_grpo[s][name] for s in seeds]
+        median = float(np.median(parts))
+        result[f"{name} to goal"] = median if np.isfinite(median) else None
+    return result
+
+
+def mean(of_method: dict[int, dict], name: str) -> float | None:
+    values = [numbers[name] for numbers in of_method.values() if name in numbers]
+    return float(np.mean(values)) if values else None
+
+
+def table(title: str, numbers: dict, comparison: dict, costs: dict) -> str:
+    """Markdown: a row per method."""
+
+    def cell(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    names = [f"pass@{k}" for k in (1, 16, 64)]
+    heads = ["method", "seeds", *names, "hard pass@64", "families solved", "own pass@1", "own pass@64", "all-wrong"]
+    heads += [
+        "entropy",
+        "its error",
+        "temperature",
+        "rollouts",
+        "tokens",
+        "time",
+        "rollouts to goal",
+        "tokens to goal",
+    ]
+    lines = [f"## {title}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method, of_method in numbers.items():
+        cells = [method, str(len(of_method))]
+        for name in [*names, "hard pass@64", "families solved"]:
+            text = cell(mean(of_method, name))
+            if method in comparison and name in comparison[method]:
+                interval = comparison[method][name]
+                text += f" ({interval['low']:+.3f}, {interval['high']:+.3f})"
+            cells.append(text)
+        cells += [cell(mean(of_method, name)) for name in ("own pass@1", "own pass@64")]
+        text = cell(mean(of_method, "all-wrong"))
+        if method in comparison:
+            interval = comparison[method]["all-wrong"]
+            text += f" ({interval['low']:+.3f}, {interval['high']:+.3f})"
+        cells += [text, *(cell(mean(of_method, name)) for name in ("entropy", "entropy error", "temperature"))]
+        of_cost = costs.get(method, {})
+        cells += [cell(of_cost.get(name), 2) for name in ("rollouts", "tokens", "seconds")]
+        for name in ("rollouts to goal", "tokens to goal"):
+            text = "never" if of_cost and of_cost[name] is None else cell(of_cost.get(name), 2)
+            cells.append(text + (f" ({of_cost['reached']} of {len(of_method)})" if of_cost else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
+    """A panel per task: means over seeds, bands of two standard errors."""
+    figure = Figure(figsize=(4.2 * len(tasks), 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, (task, numbers) in zip(panels, tasks.items(), strict=True):
+        for index, method in enumerate(["base", *IN_FIGURE]):
+            if method not in numbers:
+                continue
+            values = np.array([[of_seed[f"pass@{k}"] for k in KS] for of_seed in numbers[method].values()])
+            color, style = ("black", "--") if method == "base" else (f"C{index - 1}", "-")
+            axes.plot(KS, values.mean(axis=0), style, color=color, marker="o", markersize=3, label=method)
+            if len(values) > 1 and method in ("grpo", "e3"):
+                error = 2 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
+                middle = values.mean(axis=0)
+                axes.fill_between(KS, middle - error, middle + error, color=color, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(KS, labels=KS)
+        axes.set(title=f"{TITLES.get(task, task)}, {len(numbers['grpo'])} seeds", xlabel="k")
+    panels[0].set(ylabel="held-out pass@k at temperature 1")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_differences(task: str, comparison: dict[str, dict], path: Path) -> None:
+    """Every method's difference to GRPO with its interval, a panel per measure."""
+    names = ("pass@1", "pass@16", "pass@64", "all-wrong")
+    methods = sorted(comparison, key=lambda method: comparison[method]["pass@64"]["mean"])
+    figure = Figure(figsize=(11, 1 + 0.3 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True)
+    for axes, name in zip(panels, names, strict=True):
+        for place, method in enumerate(methods):
+            interval = comparison[method][name]
+            color = "C1" if method == "e3" else "C0"
+            axes.plot([interval["low"], interval["high"]], [place, place], color=color, linewidth=1.5)
+            axes.plot(interval["mean"], place, "o", color=color, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=MEASURES[name] + (" (less is better)" if name == "all-wrong" else ""))
+        axes.title.set_fontsize("medium")
+        axes.grid(axis="x", linewidth=0.3)
+    panels[0].set_yticks(range(len(methods)), labels=methods)
+    figure.supxlabel(f"difference to GRPO on the same seed, task {TITLES.get(task, task)}", fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def main(args: Arguments) -> None:
+    tasks, comparisons, costs = {}, {}, {}
+    text = "# The study\n\nMade by `python -m benchmarks.study.report`; what the columns mean stands at the end.\n\n"
+    study = read_study(str(STUDY))
+    for task, of_task in study["tasks"].items():
+        module, name = of_task["task"].rsplit(".", 1)
+        levels = list(getattr(__import__(module, fromlist=[name]), name).levels)
+        numbers = read_task(Path(args.study_dir) / task, levels)
+        if "grpo" not in numbers:
+            continue
+        tasks[task] = numbers = {m: numbers[m] for m in ["base", *study["methods"]] if m in numbers}
+        grpo = numbers["grpo"]
+        comparisons[task] = {m: compare(numbers[m], grpo) for m in numbers if m != "grpo" and m != "base"}
+        costs[task] = {m: cost(numbers[m], grpo) for m in numbers if m != "base"}
+        text += table(TITLES.get(task, task), numbers, comparisons[task], costs[task]) + "\n"
+    results, figures = Path(args.results_dir), Path(args.figures_dir)
+    for folder in (results, figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(results / "study.json", {"runs": tasks, "difference_to_grpo": comparisons, "cost": costs})
+    (results / "study.md").write_text(text + COLUMNS)
+    draw_pass_at_k(tasks, figures / "study_pass_at_k.png")
+    first = next(iter(tasks))
+    draw_differences(first, comparisons[first], figures / "study_differences.png")
+    print(text)
+
+
+COLUMNS = """\
+Means over seeds; in brackets the 95% interval of the difference to GRPO on the same seed (bootstrap over seeds).
+
+- pass@k: held-out problems, 64 samples each at temperature 1; *hard*: the harder half of the levels; *own*: at the
+  run's last temperature. *families solved*: share of families of which half of the samples are right.
+- *all-wrong*: share of a batch's prompts none of whose rollouts was right, last quarter of the run, at the run's own
+  temperature. *entropy*: nats per token there; *its error*: mean distance from its target as a part of it, second half
+  of the run.
+- *rollouts*, *tokens*, *time*: of the whole run, as parts of GRPO's (medians; time with two runs at once, so rough).
+- *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated every 18 steps with 4 samples, first
+  reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that GRPO samples: medians,
+  and in how many seeds it does. GRPO's own is below 1 because it levels off, and because an evaluation is noisy.
+"""
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

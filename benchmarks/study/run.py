@@ -1,0 +1,193 @@
+"""
+Train every method of the study on every task and seed, each run from a base model of that seed.
+
+    python -m benchmarks.study.run [--output_dir outputs/study] [--tasks rules] [--methods grpo e3] [--seeds 2]
+
+A run that is done is a JSON file in the output folder, written whole or not at all: the same command goes on where a
+killed one stopped. As many runs at a time as there are free cores. Then `python -m benchmarks.study.report`.
+"""
+
+import contextlib
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+STUDY = Path(__file__).parent / "study.yaml"
+NUM_SAMPLES = 64  # of a held-out problem, at temperature 1 and at the run's last temperature
+
+
+@dataclass
+class Arguments:
+    """
+    Args:
+        config (`str`): the study.
+        output_dir (`str`): folder for bases, runs and results.
+        tasks (`list[str]`): those of the study to run; none = all.
+        methods (`list[str]`): those of the study to run; none = all.
+        seeds (`int`): run at most so many of a task's seeds.
+        first_seed (`int`): the first of them. The results use 0 and up; what is tried out, others.
+        processes (`int`): runs at a time. None = one for each free core.
+    """
+
+    config: str = str(STUDY)
+    output_dir: str = "outputs/study"
+    tasks: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    seeds: int | None = None
+    first_seed: int = 0
+    processes: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study, or with `method` None the base model of a task's seed."""
+
+    config: str
+    output_dir: str
+    task: str
+    seed: int
+    method: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.task / f"seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / f"{self.method or 'base'}.json"
+
+
+def read_study(path: str) -> dict:
+    return yaml.safe_load(Path(path).read_text())
+
+
+def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job]]:
+    """Bases, and runs seed by seed, so that what is there after half of the time is a study with fewer seeds."""
+    for name, chosen in (("tasks", args.tasks), ("methods", args.methods)):
+        if unknown := set(chosen) - set(study[name]):
+            raise ValueError(f"{name} has {sorted(unknown)}. Choose from {list(study[name])}.")
+    bases, runs = [], []
+    for task in args.tasks or study["tasks"]:
+        of_task = study["tasks"][task]
+        methods = study["methods"] if of_task["methods"] == "all" else of_task["methods"]
+        methods = [method for method in methods if not args.methods or method in args.methods]
+        for seed in range(args.first_seed, args.first_seed + (args.seeds or of_task["seeds"])):
+            bases.append(Job(args.config, args.output_dir, task, seed))
+            runs += [Job(args.config, args.output_dir, task, seed, method) for method in methods]
+    return bases, sorted(runs, key=lambda job: job.seed)
+
+
+def count_correct(folder: Path, task, problems: list[dict], temperature: float) -> list[int]:
+    """Right answers among `NUM_SAMPLES` samples of each problem."""
+    from recipes.quickstart.report import sample
+
+    texts = sample(folder, problems, NUM_SAMPLES, temperature, task.max_completion_length)
+    return [int(sum(task.reward(of_one, [problem["answer"]] * NUM_SAMPLES))) for problem, of_one in texts]
+
+
+def run_job(job: Job) -> Job:
+    """Do it, and write its result."""
+    import torch
+    from accelerate.utils import set_seed
+
+    from e3_trl.runs.describe import write_json
+    from recipes.quickstart.prepare import make_base
+
+    torch.set_num_threads(1)
+    study = read_study(job.config)
+    of_task = study["tasks"][job.task]
+    module, name = of_task["task"].rsplit(".", 1)
+    task = getattr(__import__(module, fromlist=[name]), name)(job.seed)
+    base = job.folder / "base"
+    log = open(job.folder / f"{job.method or 'base'}.log", "w")  # noqa: SIM115
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        set_seed(job.seed)
+        if job.method is None:
+            make_base(task, base, job.seed, of_task["steps"], of_task["problems"])
+        test = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
+        if job.method is None:
+            result = {"correct": count_correct(base, task, test, 1.0)}
+            result |= {name: [row[name] for row in test] for name in ("level", "family")}
+        else:
+            result = train(job, task, base, test, {**study["settings"], **study["methods"][job.method]})
+    write_json(job.result, result)
+    return job
+
+
+def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
+    """Train, and measure on problems that were not trained on."""
+    from datasets import load_dataset
+    from transformers import PrinterCallback
+
+    from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
+
+    folder = job.folder / job.method
+    config = E3GRPOConfig(
+        output_dir=str(folder),
+        seed=job.seed,
+        max_completion_length=task.max_completion_length,
+        beta=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    data = {name: str(base / f"{name}.jsonl") for name in ("train", "test")}
+    data = load_dataset("json", data_files=data)
+    trainer = E3GRPOTrainer(str(base), task.reward, config, data["train"], data["test"])
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(folder))
+
+    log = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_pass@1" in entry]
+    rollouts, tokens = [0] * (len(log) + 1), [0] * (len(log) + 1)
+    for row in read_rollouts(folder):
+        rollouts[row["step"]] += row["rollouts"]
+        tokens[row["step"]] += row["tokens"]
+    at_one = count_correct(folder, task, test, 1.0)
+    temperature = trainer.temperature
+    names = ("entropy", "target_entropy", "temperature", "rollouts/all_wrong", "rollouts/all_correct", "reward")
+    return {
+        "correct": at_one,
+        "correct_at_own_temperature": at_one if temperature == 1 else count_correct(folder, task, test, temperature),
+        "last_temperature": temperature,
+        "seconds": round(seconds, 1),
+        "rollouts": rollouts,
+        "tokens": tokens,
+        "evaluated_at": [entry["step"] for entry in evaluations],
+        "pass@1": [round(entry["eval_pass@1"], 4) for entry in evaluations],
+        "log": {name: [round(entry[name], 4) for entry in log if name in entry] for name in names},
+    }
+
+
+def main(args: Arguments) -> None:
+    bases, runs = all_jobs(args, read_study(args.config))
+    processes = args.processes or len(os.sched_getaffinity(0))
+    for name, jobs in (("base models", bases), ("runs", runs)):
+        left = [job for job in jobs if not job.result.exists()]
+        for job in left:
+            job.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. The bar says how long it will take.")
+        # Processes of their own, started anew: torch does not survive a fork.
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            done = as_completed([pool.submit(run_job, job) for job in left])
+            for future in tqdm(done, total=len(left), desc=name, smoothing=0):
+                future.result()
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -1,0 +1,86 @@
+"""The study of benchmarks/study, with a model that has learned nothing: what counts is that all of it is there."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.study import report, run
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    study = run.read_study(run.STUDY)
+    of_rules = {"problems": {"train": 1, "test": 1}, "steps": 2, "seeds": 1, "methods": ["grpo", "e3"]}
+    study["tasks"] = {"rules": study["tasks"]["rules"] | of_rules}
+    study["settings"] |= {"num_train_epochs": 8, "eval_steps": 2}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    monkeypatch.setattr(report, "STUDY", path)
+    return run.Arguments(config=str(path), output_dir=str(tmp_path / "study"), processes=1)
+
+
+def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_study, tmp_path, capsys):
+    bases, runs = run.all_jobs(small_study, run.read_study(small_study.config))
+    assert [job.method for job in runs] == ["grpo", "e3"]
+    for job in (bases[0], runs[0]):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        run.run_job(job)
+    (runs[1].folder / "e3").mkdir()  # killed in the middle of it
+    before = runs[0].result.stat().st_mtime_ns
+    run.main(small_study)
+    assert runs[0].result.stat().st_mtime_ns == before
+    e3 = json.loads(runs[1].result.read_text())
+    assert sum(e3["rollouts"]) == 8 * 128
+    assert e3["log"]["temperature"][-1] != 1
+    assert len(e3["correct"]) == 24
+
+    folders = {"results_dir": str(tmp_path / "results"), "figures_dir": str(tmp_path / "figures")}
+    report.main(report.Arguments(study_dir=small_study.output_dir, **folders))
+    assert "| e3 | 1 |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "study.json").read_text())
+    assert found["runs"]["rules"]["e3"]["0"]["rollouts"] == 8 * 128
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "study_pass_at_k.png", "study_differences.png"
+    }  # fmt: skip
+
+
+def test_what_is_not_in_the_study_is_named(small_study):
+    small_study.methods = ["gpro"]
+    with pytest.raises(ValueError, match="gpro.*Choose from.*grpo"):
+        run.main(small_study)
+
+
+def made_up(correct, **changes) -> dict:
+    """A run of four steps of 10 rollouts and 100 tokens, evaluated at the second and the last."""
+    log = {"entropy": [0.2, 0.2, 0.1, 0.3], "target_entropy": [0.2] * 4, "rollouts/all_wrong": [0.5, 0.4, 0.3, 0.1]}
+    made = {"correct": correct, "correct_at_own_temperature": correct, "last_temperature": 1.0, "seconds": 1.0}
+    made |= {"rollouts": [0, 10, 10, 10, 10], "tokens": [0, 100, 100, 100, 100], "log": log}
+    return made | {"evaluated_at": [2, 4], "pass@1": [0.5, 0.9]} | changes
+
+
+def test_the_numbers_of_a_run():
+    base = {"correct": [64, 0, 0, 0], "level": ["1", "1", "2", "2"], "family": ["A", "A", "B", "C"]}
+    numbers = report.measure(made_up([64, 64, 32, 0]), base, ["1", "2"], goal=0.6)
+    assert numbers["pass@1"] == pytest.approx(0.625)
+    assert (numbers["easy pass@1"], numbers["hard pass@1"]) == (1.0, 0.25)
+    assert numbers["pass@64"] == 0.75
+    assert numbers["families solved"] == pytest.approx(2 / 3)
+    assert numbers["all-wrong"] == 0.1
+    assert numbers["entropy error"] == pytest.approx(0.5)
+    assert (numbers["rollouts to goal"], numbers["tokens to goal"]) == (40, 400)
+    assert report.measure(made_up([64, 64, 32, 0]), base, ["1", "2"], goal=0.5)["rollouts to goal"] == 20
+    assert report.measure(made_up([64, 64, 32, 0]), base, ["1", "2"], goal=0.95)["rollouts to goal"] is None
+
+
+def test_methods_are_compared_seed_by_seed():
+    base = {"correct": [32, 32], "level": ["1", "2"], "family": ["A", "B"]}
+    measured = {
+        name: {seed: report.measure(made_up(correct), base, ["1", "2"], 0.6) for seed, correct in runs.items()}
+        for name, runs in {"grpo": {0: [64, 0], 1: [0, 0]}, "e3": {0: [64, 64], 1: [64, 0], 7: [0, 0]}}.items()
+    }
+    difference = report.compare(measured["e3"], measured["grpo"])["pass@1"]
+    assert difference == {"mean": 0.5, "low": 0.5, "high": 0.5}  # seed 7 has no partner
+    assert np.isclose(report.cost(measured["e3"], measured["grpo"])["rollouts to goal"], 1)
+    assert report.cost(measured["e3"], measured["grpo"])["reached"] == 2

@@ -1,6 +1,7 @@
 """Configuration of [`E3GRPOTrainer`]: TRL's [`~trl.GRPOConfig`] and the settings of E3."""
 
 import importlib.metadata
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from packaging.version import Version
 from trl import GRPOConfig
 
 from .method.budget import RolloutBudgetSchedule
+from .method.budget_rules import load_rule
 from .method.temperature import TemperatureSchedule
 from .scrub import without_secrets
 
@@ -34,7 +36,17 @@ class E3GRPOConfig(GRPOConfig):
 
         rollout_allocation (`str`, *optional*, defaults to `"rank"`):
             How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
-            every prompt gets `num_generations`, as in TRL.
+            every prompt gets `num_generations`, as in TRL, `"variance"` = by the variance of the prompt's rewards
+            (https://huggingface.co/papers/2602.01601), `"knapsack"` = by what a rollout is worth
+            (https://huggingface.co/papers/2509.25849), or the dotted path of a function of success rates (`(B,)`, NaN
+            = not known), \\( G \\), \\( G_{min} \\) and \\( G_{max} \\) that returns `(B,)` integers. In all the
+            total is constant and the bounds hold.
+        success_decay (`float`, *optional*, defaults to `1.0`):
+            What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
+            the whole run, as in the paper; less = older rollouts count less.
+        success_prior (`float`, *optional*, defaults to `0.0`):
+            Right and wrong rollouts that a prompt is taken to have had before its first. Above 0 its mean reward is
+            that of a Beta posterior, so a prompt that was never solved is not taken for hopeless.
         num_generations_min (`int`, *optional*):
             Limit that the fewest rollouts of a prompt fall to. If `None`, half of `num_generations` and at least 2: 4
             of 8, as in the paper.
@@ -131,9 +143,17 @@ class E3GRPOConfig(GRPOConfig):
         default="rank",
         metadata={
             "help": "How a batch's rollouts are split over its prompts: 'rank' = by difficulty (Algorithm 1), "
-            "'uniform' = every prompt gets `num_generations`.",
-            "choices": ["rank", "uniform"],
+            "'uniform' = every prompt gets `num_generations`, 'variance' and 'knapsack' = by success rate, or the "
+            "dotted path of a rule."
         },
+    )
+    success_decay: float = field(
+        default=1.0,
+        metadata={"help": "What a prompt's counts of rollouts and rewards are multiplied by after each pass."},
+    )
+    success_prior: float = field(
+        default=0.0,
+        metadata={"help": "Right and wrong rollouts that a prompt is taken to have had before its first."},
     )
     num_generations_min: int | None = field(
         default=None,
@@ -280,8 +300,12 @@ class E3GRPOConfig(GRPOConfig):
                 f"per_device_train_batch_size ({self.per_device_train_batch_size}) x steps_per_generation. Change one "
                 "of them, or num_generations."
             ) from error
-        if self.rollout_allocation not in ("rank", "uniform"):
-            raise ValueError(f"rollout_allocation is {self.rollout_allocation!r}. Set it to 'rank' or 'uniform'.")
+        if self.rollout_allocation != "uniform":
+            load_rule(self.rollout_allocation)
+        if not 0 < self.success_decay <= 1:
+            raise ValueError(f"success_decay is {self.success_decay}. Set it in (0, 1], 1 = none.")
+        if not 0 <= self.success_prior < math.inf:
+            raise ValueError(f"success_prior is {self.success_prior}. Set it to 0 (none) or more.")
         if self.temperature_schedule not in ("entropy", "constant"):
             raise ValueError(
                 f"temperature_schedule is {self.temperature_schedule!r}. Set it to 'entropy' or 'constant'."
@@ -318,7 +342,7 @@ class E3GRPOConfig(GRPOConfig):
                 f"prompt_selection_ratio is {self.prompt_selection_ratio}. Set it to at least 1 / num_generations "
                 f"({1 / self.num_generations:.3g}), for a batch has a row for each candidate, and to at most 1."
             )
-        if self.rollout_allocation == "rank":
+        if self.rollout_allocation != "uniform":
             schedule = self.make_budget_schedule()
             self.num_generations_min = schedule.num_generations_min  # what None stands for
             self.num_generations_max = schedule.num_generations_max

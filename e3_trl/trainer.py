@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from .callbacks import EngineCheckCallback, PassCallback, TemperatureCallback
 from .config import E3GRPOConfig
+from .method.budget_rules import load_rule
 from .method.difficulty import DifficultyTracker
 from .method.temperature import EntropyWindow, TemperatureSchedule
 from .rollouts.advantages import compare
@@ -142,7 +143,9 @@ class E3GRPOTrainer(GRPOTrainer):
         self.dataset_id: dict = {}
         if isinstance(train_dataset, Dataset):
             difficulty = initial_difficulty(args.difficulty_column, train_dataset)
-            self.difficulty_tracker = DifficultyTracker(len(train_dataset), difficulty)
+            self.difficulty_tracker = DifficultyTracker(
+                len(train_dataset), difficulty, args.success_decay, args.success_prior
+            )
             self.dataset_id = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
         self.rollout_log = RolloutLog(args.output_dir)
         checks = EngineCheckCallback(self, [train_dataset, *eval_list])
@@ -205,11 +208,12 @@ class E3GRPOTrainer(GRPOTrainer):
     # --- a generation batch: choose prompts, give budgets, sample, keep, score, count, compare, weigh
 
     def _get_train_sampler(self, dataset=None):
-        is_ranked = self.args.rollout_allocation == "rank" and self.difficulty_tracker is not None
+        rule = self.args.rollout_allocation
+        has_budgets = rule != "uniform" and self.difficulty_tracker is not None
         self._train_sampler = RolloutBudgetSampler.like(
             super()._get_train_sampler(dataset),
             difficulty=self.difficulty_tracker,
-            budget_schedule=self.args.make_budget_schedule() if is_ranked else None,
+            **({"budget_schedule": self.args.make_budget_schedule(), "rule": load_rule(rule)} if has_budgets else {}),
             num_candidates=self.args.num_candidates if self.args.prompt_selection_ratio < 1 else None,
         )
         return self._train_sampler
@@ -269,7 +273,7 @@ class E3GRPOTrainer(GRPOTrainer):
         with self.vllm_generation.seeded(key, batch.round.prompt_ids) if self.use_vllm else nullcontext():
             output = super()._generate(shared)
         prompt_ids, completion_ids, tool_mask, *_ = output
-        if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation == "rank":
+        if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation != "uniform":
             check_rollouts(self._tokenize_prompts(prompts)[0], prompt_ids)
         lengths = [len(ids) for ids in completion_ids] if tool_mask is None else [sum(mask) for mask in tool_mask]
         batch.round.lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))

@@ -214,7 +214,7 @@ def tool_tokenizer(model_path):
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_an_environment_that_owns_its_data_trains_for_several_passes(make_trainer, tool_tokenizer):
     """The second pass was an AttributeError: 'NoneType' object has no attribute 'rerank'."""
-    with pytest.warns(UserWarning, match="is made by the environment has no index and cannot be ranked"):
+    with pytest.warns(UserWarning, match="is made by the environment has no index and nothing can be counted of it"):
         trainer = make_trainer(
             environment_factory=Environment,
             train_dataset=None,

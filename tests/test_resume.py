@@ -55,6 +55,8 @@ def assert_same_run(resumed, whole):
         (5, {}),  # right after a pass, from the checkpoint at its end: ranks are made anew
         (11, {}),  # in a later pass
         (7, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}),
+        # a rule by success rate, with older rollouts counting less: in force is what was counted when the pass began
+        (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
         (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),

@@ -149,7 +149,3 @@ class RolloutBudgetSchedule:
             max(self.num_generations_min, self.num_generations - widening),
             min(self.num_generations_max, self.num_generations + widening),
         )
-
-    def allocate(self, difficulty: np.ndarray, num_passes: int) -> np.ndarray:
-        """[`allocate_rollouts`] within the bounds in force after `num_passes` passes."""
-        return allocate_rollouts(difficulty, self.num_generations, *self.bounds(num_passes))

@@ -18,10 +18,19 @@ class DifficultyTracker:
         initial_difficulty (`np.ndarray` of shape `(num_prompts,)`, *optional*):
             Starting difficulty in [0, 1], 1 = hardest, NaN = unknown. It ranks a prompt as a mean reward of
             `1 - initial_difficulty` would, until the prompt has been sampled.
+        decay (`float`, *optional*, defaults to `1.0`):
+            What a count is multiplied by after each pass, in (0, 1]: 1 = all rollouts of the run count alike (the
+            paper), less = older ones count less, as the policy that made them is less like today's.
+        prior (`float`, *optional*, defaults to `0.0`):
+            Right and wrong rollouts that a prompt is taken to have had before its first: with \\( a \\) of each the
+            mean is that of a Beta posterior, \\( (r + a) / (n + 2 a) \\)
+            (https://huggingface.co/papers/2507.04632). A prompt that was never solved then still has a chance.
 
     Attributes:
         difficulty (`np.ndarray` of shape `(num_prompts,)`):
             The ranks in force, in (0, 1] or NaN.
+        success_rate (`np.ndarray` of shape `(num_prompts,)`):
+            The mean rewards in force, which the ranks are of, within [0, 1], or NaN.
         num_rollouts (`np.ndarray` of shape `(num_prompts,)`):
             Scored rollouts so far, \\( n_i \\).
         reward_sum (`np.ndarray` of shape `(num_prompts,)`):
@@ -39,8 +48,19 @@ class DifficultyTracker:
     ```
     """
 
-    def __init__(self, num_prompts: int, initial_difficulty: np.ndarray | None = None):
-        self.num_rollouts = np.zeros(num_prompts, dtype=np.int64)
+    def __init__(
+        self,
+        num_prompts: int,
+        initial_difficulty: np.ndarray | None = None,
+        decay: float = 1.0,
+        prior: float = 0.0,
+    ):
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay is {decay}. Set it in (0, 1], 1 = none.")
+        if not 0 <= prior < np.inf:
+            raise ValueError(f"prior is {prior}. Set it to 0 (none) or more.")
+        self.decay, self.prior = decay, prior
+        self.num_rollouts = np.zeros(num_prompts, dtype=np.float64)
         self.reward_sum = np.zeros(num_prompts, dtype=np.float64)
         if initial_difficulty is None:
             initial_difficulty = np.full(num_prompts, np.nan)
@@ -54,8 +74,9 @@ class DifficultyTracker:
     @property
     def mean_reward(self) -> np.ndarray:
         r"""Cumulative mean reward \\( r_i / n_i \\) of each prompt, shape `(num_prompts,)`, NaN if never sampled."""
-        with np.errstate(invalid="ignore"):
-            return self.reward_sum / self.num_rollouts
+        sampled = self.num_rollouts > 0
+        rollouts = np.where(sampled, self.num_rollouts + 2 * self.prior, np.nan)
+        return (self.reward_sum + self.prior) / rollouts
 
     def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray) -> None:
         """
@@ -73,6 +94,9 @@ class DifficultyTracker:
     def rerank(self) -> None:
         """Put new ranks in force. To be called after a full pass over the dataset."""
         mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
+        self.num_rollouts *= self.decay
+        self.reward_sum *= self.decay
+        self.success_rate = np.clip(mean_reward, 0, 1)
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`
         size = np.bincount(value_P[value_P >= 0], minlength=len(means))
@@ -87,10 +111,15 @@ class DifficultyTracker:
             "num_rollouts": self.num_rollouts.copy(),
             "reward_sum": self.reward_sum.copy(),
             "difficulty": self.difficulty.copy(),
+            "success_rate": self.success_rate.copy(),
         }
 
     def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:
         """Restore what [`DifficultyTracker.state_dict`] returned; `ValueError` if it is of another dataset size."""
+        if "success_rate" not in state_dict:  # of a checkpoint that is older than it
+            means = np.where(state_dict["num_rollouts"] > 0, state_dict["reward_sum"], np.nan)
+            success_rate = np.clip(means / np.maximum(state_dict["num_rollouts"], 1), 0, 1)
+            state_dict = {**state_dict, "success_rate": success_rate}
         for name, current in self.state_dict().items():
             if np.shape(state_dict[name]) != current.shape:
                 raise ValueError(f"{name} has shape {np.shape(state_dict[name])}, expected {current.shape}.")

@@ -1,12 +1,10 @@
 """Rewards for math problems, with TRL's verdicts, and safe for a run whatever the model writes."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from .. import dotted_path
 from .worker_pool import Verdict, WorkerPool
 
 
@@ -126,11 +124,8 @@ def load_reward_func(name: str) -> Callable:
     """
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
-    module, _, attribute = name.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return dotted_path.load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"There is no reward function {name!r} ({error}). Choose one of {sorted(REWARD_FUNCS)}, or give the "

@@ -13,9 +13,9 @@ def check_rollouts(prompt_ids: list[list[int]], returned_ids: list[list[int]]) -
     if row is not None:
         raise ValueError(
             f"rollout_func returned {len(returned_ids)} rows for {len(prompt_ids)} prompts, and row {row} is not for "
-            "the prompt at its place. Return one completion for each prompt, in their order: under rollout_allocation "
-            "'rank' a prompt stands there as often as its budget says, so not every num_generations-th is another "
-            "one. Or set rollout_allocation to 'uniform'."
+            "the prompt at its place. Return one completion for each prompt, in their order: under this "
+            "rollout_allocation a prompt stands there as often as its budget says, so not every num_generations-th "
+            "is another one. Or set rollout_allocation to 'uniform'."
         )
 
 

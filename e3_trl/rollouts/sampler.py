@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from trl.trainer.utils import RepeatSampler
 
-from ..method.budget import RolloutBudgetSchedule
+from ..method.budget import RolloutBudgetSchedule, allocate_rollouts
+from ..method.budget_rules import Rule
 from ..method.difficulty import DifficultyTracker
 
 
@@ -29,6 +30,9 @@ class RolloutBudgetSampler(RepeatSampler):
             Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per generation batch.
+        rule (`Callable`, *optional*, defaults to [`allocate_rollouts`]):
+            How a batch is split within the bounds: Algorithm 1 by difficulty, or another of
+            [`~e3_trl.method.budget_rules.load_rule`] by success rate.
         num_candidates (`int`, *optional*):
             Prompts that the trainer chooses these from (PREPO). The batch's rows are then spread evenly over the
             candidates, and the trainer asks for the [`rows`] of its choice. At most `batch_size * mini_repeat_count`.
@@ -65,6 +69,7 @@ class RolloutBudgetSampler(RepeatSampler):
         difficulty: DifficultyTracker | None,
         budget_schedule: RolloutBudgetSchedule | None = None,
         batch_size: int = 1,
+        rule: Rule = allocate_rollouts,
         num_candidates: int | None = None,
         **kwargs,
     ) -> None:
@@ -73,6 +78,7 @@ class RolloutBudgetSampler(RepeatSampler):
         self.num_candidates = num_candidates
         self.difficulty = difficulty
         self.budget_schedule = budget_schedule
+        self.rule = rule
         self.epoch = 0
 
     @classmethod
@@ -129,4 +135,6 @@ class RolloutBudgetSampler(RepeatSampler):
         """Each prompt of one generation batch as often as its budget says, shape `(rows_per_batch,)`."""
         if self.budget_schedule is None:
             return np.repeat(prompts, self.mini_repeat_count)
-        return np.repeat(prompts, self.budget_schedule.allocate(self.difficulty.difficulty[prompts], self.epoch))
+        known = self.difficulty.difficulty if self.rule is allocate_rollouts else self.difficulty.success_rate
+        budgets = self.rule(known[prompts], self.mini_repeat_count, *self.budget_schedule.bounds(self.epoch))
+        return np.repeat(prompts, budgets)

@@ -67,7 +67,9 @@ def begin_run(trainer) -> None:
     if trainer.num_generation_batches > 0:
         tracker, schedule = trainer.difficulty_tracker, trainer.temperature_schedule
         if tracker is not None:
-            trainer.difficulty_tracker = DifficultyTracker(len(tracker.difficulty), tracker.initial_difficulty)
+            trainer.difficulty_tracker = DifficultyTracker(
+                len(tracker.difficulty), tracker.initial_difficulty, tracker.decay, tracker.prior
+            )
         if schedule is not None:
             schedule.reset()
             trainer.temperature = schedule.temperature

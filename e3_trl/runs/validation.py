@@ -74,25 +74,26 @@ def check_run(
             "length. Set max_steps, or set annealing_start to None."
         )
     has_prompts = train_dataset is not None or not fixed_columns
-    if args.rollout_allocation == "rank" and not sized and has_prompts:
+    if args.rollout_allocation != "uniform" and not sized and has_prompts:
         origin = "comes as a stream" if train_dataset is not None else "is made by the environment"
         warnings.warn(
-            f"rollout_allocation is 'rank', but train_dataset is a {type(train_dataset).__name__}: a prompt that "
-            f"{origin} has no index and cannot be ranked, so each will get num_generations rollouts. Load a `Dataset` "
-            "(streaming off), or set rollout_allocation to 'uniform'.",
+            f"rollout_allocation is {args.rollout_allocation!r}, but train_dataset is a "
+            f"{type(train_dataset).__name__}: a prompt that {origin} has no index and nothing can be counted of it, "
+            "so each will get num_generations rollouts. Load a `Dataset` (streaming off), or set rollout_allocation "
+            "to 'uniform'.",
             stacklevel=3,
         )
     prompts_per_batch = args.generation_batch_size // args.num_generations
     if (
-        args.rollout_allocation == "rank"
+        args.rollout_allocation != "uniform"
         and sized
         and (prompts_per_batch == 1 or args.num_generations in (args.num_generations_min, args.num_generations_max))
     ):
         warnings.warn(
-            f"rollout_allocation is 'rank', but every prompt will get num_generations ({args.num_generations}) "
-            f"rollouts: a generation batch has {prompts_per_batch} prompt(s), num_generations_min is "
-            f"{args.num_generations_min} and num_generations_max {args.num_generations_max}. Raise "
-            "gradient_accumulation_steps, or widen these.",
+            f"rollout_allocation is {args.rollout_allocation!r}, but every prompt will get num_generations "
+            f"({args.num_generations}) rollouts: a generation batch has {prompts_per_batch} prompt(s), "
+            f"num_generations_min is {args.num_generations_min} and num_generations_max {args.num_generations_max}. "
+            "Raise gradient_accumulation_steps, or widen these.",
             stacklevel=3,
         )
     if sized:

@@ -1,0 +1,150 @@
+"""Other ways than Algorithm 1 to split a batch's rollouts: by each prompt's success rate."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .. import dotted_path
+from .budget import allocate_rollouts, check_bounds
+
+
+Rule = Callable[[np.ndarray, int, int, int], np.ndarray]
+
+
+def minimum_variance_rollouts(
+    success_rate: np.ndarray, num_generations: int, num_generations_min: int, num_generations_max: int
+) -> np.ndarray:
+    r"""
+    Rollouts with which the sum of the variances of the prompts' mean rewards, \\( \sum_i p_i (1 - p_i) / n_i \\), is
+    the least that the bounds allow: \\( n_i \propto \sqrt{p_i (1 - p_i)} \\) where they leave room
+    (https://huggingface.co/papers/2602.01601, https://huggingface.co/papers/2505.02391).
+
+    A prompt that is always or never solved has no variance, so it gets the minimum while others can use more. The sum
+    is always \\( B \cdot G \\), and every budget lies within the bounds. A prompt without a success rate counts as its
+    batch's mean; if all are unknown or alike, every prompt gets \\( G \\).
+
+    Args:
+        success_rate (`np.ndarray` of shape `(B,)`): probability \\( p \\) that a rollout is right, NaN = not known.
+        num_generations (`int`): mean number of rollouts per prompt, \\( G \\).
+        num_generations_min (`int`): fewest rollouts of a prompt, 2 or more.
+        num_generations_max (`int`): most rollouts of a prompt.
+
+    Returns:
+        `np.ndarray` of shape `(B,)` and dtype `int64`: rollouts of each prompt.
+
+    Raises:
+        `ValueError`: if a bound or a success rate is out of range.
+
+    Example:
+
+    ```python
+    >>> minimum_variance_rollouts([0.5, 0.1, 0.02, 0.0], 8, 4, 16)
+    array([15,  9,  4,  4])
+
+    ```
+    """
+
+    def saved(p_P1: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+        return p_P1 * (1 - p_P1) / (n_N * (n_N - 1))
+
+    return _most_valuable(success_rate, saved, num_generations, num_generations_min, num_generations_max)
+
+
+def knapsack_rollouts(
+    success_rate: np.ndarray, num_generations: int, num_generations_min: int, num_generations_max: int
+) -> np.ndarray:
+    r"""
+    Rollouts of the greatest total value, where \\( n \\) of a prompt are worth
+    \\( p (1 - p)^2 \left( 1 - p^n - (1 - p)^n \right) \\): what a gradient gains, times the chance that their rewards
+    differ (Knapsack RL, https://huggingface.co/papers/2509.25849).
+
+    A prompt that is always or never solved is worth nothing, and gets the minimum while others can use more. Sum,
+    bounds, arguments, return value and errors are as in [`minimum_variance_rollouts`].
+
+    Example:
+
+    ```python
+    >>> knapsack_rollouts([0.5, 0.1, 0.02, 0.0], 8, 4, 16)
+    array([ 8, 16,  4,  4])
+
+    ```
+    """
+
+    def gained(p_P1: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+        return p_P1 * (1 - p_P1) ** 2 * (p_P1 ** (n_N - 1) * (1 - p_P1) + (1 - p_P1) ** (n_N - 1) * p_P1)
+
+    return _most_valuable(success_rate, gained, num_generations, num_generations_min, num_generations_max)
+
+
+def _most_valuable(
+    success_rate: np.ndarray,
+    value_of_nth: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    num_generations: int,
+    num_generations_min: int,
+    num_generations_max: int,
+) -> np.ndarray:
+    """The rollouts that are worth most; each further one of a prompt is worth less than that before, or as much."""
+    check_bounds(num_generations, num_generations_min, num_generations_max)
+    rate_P = np.asarray(success_rate, dtype=np.float64)
+    known_P = ~np.isnan(rate_P)
+    if rate_P.ndim != 1 or not ((rate_P[known_P] >= 0) & (rate_P[known_P] <= 1)).all():
+        raise ValueError("success_rate must have shape (B,) and lie in [0, 1], NaN = not known.")
+    rate_P = np.where(known_P, rate_P, rate_P[known_P].mean() if known_P.any() else 0.5)
+    further_N = np.arange(num_generations_min + 1, num_generations_max + 1)
+    value_PN = value_of_nth(rate_P[:, None], further_N)
+    # Rollouts of equal value go round: the next of every prompt comes before the one after that of any.
+    nth_PN, prompt_PN = np.broadcast_arrays(further_N, np.arange(len(rate_P))[:, None])
+    best_first = np.lexsort((prompt_PN.ravel(), nth_PN.ravel(), -value_PN.ravel()))
+    remaining = len(rate_P) * (num_generations - num_generations_min)
+    chosen = prompt_PN.ravel()[best_first[:remaining]]
+    return num_generations_min + np.bincount(chosen, minlength=len(rate_P))
+
+
+SUCCESS_RULES: dict[str, Rule] = {"variance": minimum_variance_rollouts, "knapsack": knapsack_rollouts}
+RULES = ["uniform", "rank", *SUCCESS_RULES]
+
+
+def load_rule(name: str) -> Rule:
+    """
+    The rule of that name: `"rank"`, `"variance"`, `"knapsack"`, or a user's own by its dotted path, which is checked
+    whenever it is called.
+
+    Args:
+        name (`str`): as in `rollout_allocation`.
+
+    Returns:
+        `Callable`: of difficulty (`"rank"`) or success rate (all others), \\( G \\), \\( G_{min} \\) and
+        \\( G_{max} \\).
+
+    Raises:
+        `ValueError`: if there is no such rule.
+    """
+    if name == "rank":
+        return allocate_rollouts
+    if name in SUCCESS_RULES:
+        return SUCCESS_RULES[name]
+    try:
+        rule = dotted_path.load(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"rollout_allocation is {name!r}, and there is no such rule ({error}). Set it to one of {RULES}, or to "
+            "the dotted path of a function, such as 'my_package.rules.my_rule'."
+        ) from error
+
+    def checked(success_rate: np.ndarray, num_generations: int, low: int, high: int) -> np.ndarray:
+        budgets = np.asarray(rule(success_rate, num_generations, low, high))
+        total = len(success_rate) * num_generations
+        if budgets.shape != success_rate.shape or not np.issubdtype(budgets.dtype, np.integer):
+            problem = f"an array of shape {budgets.shape} and dtype {budgets.dtype}, not {success_rate.shape} integers"
+        elif budgets.sum() != total:
+            problem = f"{budgets.sum()} rollouts in all, not {total}"
+        elif budgets.min() < low or budgets.max() > high:
+            problem = f"budgets from {budgets.min()} to {budgets.max()}, not within [{low}, {high}]"
+        else:
+            return budgets
+        raise ValueError(
+            f"rollout_allocation is {name!r}, which returned {problem}, for {len(success_rate)} prompts x "
+            f"num_generations ({num_generations}). Mend the rule."
+        )
+
+    return checked

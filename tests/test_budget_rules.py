@@ -1,0 +1,157 @@
+"""Budget rules other than Algorithm 1, and what they are told."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e3_trl import DifficultyTracker, read_rollouts
+from e3_trl.method.budget_rules import SUCCESS_RULES, knapsack_rollouts, load_rule, minimum_variance_rollouts
+
+
+NAN = float("nan")
+rates = st.lists(st.one_of(st.floats(0, 1), st.just(NAN), st.sampled_from([0.0, 1.0])), min_size=1, max_size=40)
+bounds = st.tuples(st.integers(2, 8), st.integers(0, 8), st.integers(0, 24))
+
+
+@pytest.mark.parametrize("rule", SUCCESS_RULES.values())
+@given(rates, bounds, st.randoms())
+def test_sum_and_bounds_hold_always_and_the_order_of_prompts_does_not_matter(rule, rates, bounds, random):
+    minimum, up, further = bounds
+    arguments = minimum + up, minimum, minimum + up + further
+    budgets = rule(rates, *arguments)
+    assert budgets.dtype == np.int64
+    assert budgets.sum() == len(rates) * arguments[0]
+    assert (budgets.min() >= minimum, budgets.max() <= arguments[2]) == (True, True)
+    order = list(range(len(rates)))
+    random.shuffle(order)
+    shuffled = rule([rates[place] for place in order], *arguments)
+    # Equal prompts may take turns with the last rollout.
+    assert np.abs(shuffled - budgets[order]).max() <= 1
+    assert sorted(shuffled) == sorted(budgets)
+
+
+def best_by_trying_all(value, rates, num_generations, minimum, maximum) -> float:
+    """The greatest total value of budgets with the right sum."""
+    totals = {0: 0.0}
+    for rate in rates:
+        found = defaultdict(lambda: -np.inf)
+        for used, total in totals.items():
+            for n in range(minimum, maximum + 1):
+                found[used + n] = max(found[used + n], total + value(rate, n))
+        totals = found
+    return totals[len(rates) * num_generations]
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        (minimum_variance_rollouts, lambda p, n: -p * (1 - p) / n),
+        (knapsack_rollouts, lambda p, n: p * (1 - p) ** 2 * (1 - p**n - (1 - p) ** n)),
+    ],
+)
+@given(rates=st.lists(st.floats(0, 1), min_size=2, max_size=6), bounds=bounds)
+def test_no_other_budgets_are_worth_more(rule, value, rates, bounds):
+    minimum, up, further = bounds
+    arguments = minimum + up, minimum, minimum + up + further
+    budgets = rule(rates, *arguments)
+    reached = sum(value(p, n) for p, n in zip(rates, budgets.tolist(), strict=True))
+    assert reached == pytest.approx(best_by_trying_all(value, rates, *arguments), abs=1e-12)
+
+
+def test_minimum_variance_is_proportional_to_the_standard_deviation():
+    rates = np.array([0.5, 0.2, 0.1, 0.05])
+    deviation = np.sqrt(rates * (1 - rates))
+    budgets = minimum_variance_rollouts(rates, 200, 2, 1000)
+    assert np.allclose(budgets, 800 * deviation / deviation.sum(), atol=1)
+
+
+@pytest.mark.parametrize("rule", SUCCESS_RULES.values())
+def test_what_cannot_teach_gets_the_least_and_what_is_not_known_the_mean(rule):
+    assert rule([0.0, 1.0, 0.3, 0.3], 8, 4, 12).tolist() == [4, 4, 12, 12]
+    assert rule([0.0, 0.0, 1.0], 8, 4, 12).tolist() == [8, 8, 8]  # nothing to choose between
+    assert rule([NAN, NAN, NAN], 8, 4, 12).tolist() == [8, 8, 8]
+    known = rule([0.1, 0.3, 0.2], 8, 4, 12)
+    assert rule([0.1, 0.3, NAN], 8, 4, 12).tolist() == known.tolist()
+    with pytest.raises(ValueError, match=r"success_rate must.*\[0, 1\]"):
+        rule([1.5], 8, 4, 12)
+    with pytest.raises(ValueError, match="num_generations_min is 1"):
+        rule([0.5], 8, 1, 12)
+
+
+def test_older_rollouts_count_less_and_a_prior_leaves_hope():
+    tracker = DifficultyTracker(2, decay=0.5, prior=1.0)
+    tracker.observe([0] * 4, [1.0] * 4)
+    tracker.rerank()
+    assert tracker.success_rate[0] == pytest.approx((4 + 1) / (4 + 2))
+    assert np.isnan(tracker.success_rate[1])
+    tracker.observe([0] * 4 + [1] * 4, [0.0] * 8)
+    assert tracker.success_rate[0] == pytest.approx(5 / 6)  # until the next pass
+    tracker.rerank()
+    assert tracker.success_rate == pytest.approx([(2 + 1) / (2 + 4 + 2), 1 / 6])
+    with pytest.raises(ValueError, match="decay is 0"):
+        DifficultyTracker(2, decay=0)
+    with pytest.raises(ValueError, match="prior is -1"):
+        DifficultyTracker(2, prior=-1)
+
+
+def test_a_checkpoint_from_before_there_were_rates_is_read():
+    tracker = DifficultyTracker(3)
+    tracker.observe([0, 0, 1, 1], [1.0, 0.0, 1.0, 1.0])
+    tracker.rerank()
+    old = tracker.state_dict()
+    del old["success_rate"]
+    fresh = DifficultyTracker(3)
+    fresh.load_state_dict(old)
+    assert fresh.success_rate == pytest.approx([0.5, 1.0, NAN], nan_ok=True)
+
+
+def more_for_the_easy(success_rate, num_generations, num_generations_min, num_generations_max):
+    """A user's rule: the minimum for the harder half, and what that leaves for the easier."""
+    budgets = np.full(len(success_rate), num_generations)
+    pairs = np.argsort(-np.nan_to_num(success_rate, nan=0.5), kind="stable")
+    moved = min(num_generations - num_generations_min, num_generations_max - num_generations)
+    half = len(pairs) // 2
+    budgets[pairs[:half]] += moved
+    budgets[pairs[len(pairs) - half :]] -= moved
+    return budgets
+
+
+def too_many(success_rate, num_generations, num_generations_min, num_generations_max):
+    return np.full(len(success_rate), num_generations_max + 1)
+
+
+def not_whole(success_rate, num_generations, num_generations_min, num_generations_max):
+    return np.full(len(success_rate), num_generations / 1)
+
+
+@pytest.mark.parametrize("name", ["variance", "knapsack", "test_budget_rules.more_for_the_easy"])
+def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make_trainer, name):
+    trainer = make_trainer(rollout_allocation=name)
+    trainer.train()
+    rule, tracker = load_rule(name), DifficultyTracker(16)
+    rows = read_rollouts(trainer.args.output_dir)
+    for number in range(3):
+        low, high = trainer.args.make_budget_schedule().bounds(number)
+        for step in range(4 * number + 1, 4 * number + 5):
+            batch = [row for row in rows if row["step"] == step]
+            ids = [row["prompt_id"] for row in batch]
+            expected = rule(tracker.success_rate[ids], 4, low, high)
+            assert [row["rollouts"] for row in batch] == expected.tolist()
+        for row in rows[16 * number : 16 * number + 16]:
+            rewards = [1.0] * row["correct"] + [0.0] * (row["rollouts"] - row["correct"])
+            tracker.observe([row["prompt_id"]] * row["rollouts"], rewards)
+        tracker.rerank()
+    assert {row["rollouts"] for row in rows} > {4}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("too_many", "20 rollouts in all, not 16|budgets from 5"), ("not_whole", "dtype float64, not .* integers")],
+)
+def test_a_rule_that_breaks_a_guarantee_is_named_at_its_first_batch(make_trainer, name, message):
+    trainer = make_trainer(rollout_allocation=f"test_budget_rules.{name}")
+    with pytest.raises(ValueError, match=f"rollout_allocation is 'test_budget_rules.{name}'.*({message}).*Mend"):
+        trainer.train()

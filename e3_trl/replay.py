@@ -1,0 +1,213 @@
+"""
+What another budget rule would have given on a run that is over, without a GPU:
+
+    python -m e3_trl.replay outputs/e3 --rules uniform knapsack my_package.rules.my_rule [--figure replay.png]
+
+For each rule: the share of rollouts that go to prompts with a signal (whose rewards differ), the share of prompts
+whose rollouts are all wrong, and the rollouts of a prompt by its success rate.
+
+It assumes that the policy would have been the same: that a rule changes how often a prompt is sampled, not how often
+it is solved. So it says what a rule does with its first batches better than where it leads. A prompt's success rate in
+a batch is not known but from its few rollouts there; it is taken to have a Beta distribution, which of all prompts of
+that pass is fitted to their rollouts, and of one prompt is its posterior. Rollouts of other passes would say more of a
+policy that does not change, and were tried: on runs that learn they made the prediction worse.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .method.budget import RolloutBudgetSchedule
+from .method.budget_rules import RULES, load_rule
+from .method.difficulty import DifficultyTracker
+from .rollouts.telemetry import read_rollouts
+from .runs.describe import read_settings, write_json
+
+
+# Of success rates, for the rollouts of a prompt by its success rate.
+BINS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass
+class Batch:
+    """
+    A generation batch of the run.
+
+    Attributes:
+        number (`int`): passes over the dataset before this one.
+        prompt_ids (`np.ndarray` of shape `(P,)`): its prompts.
+        rollouts (`np.ndarray` of shape `(P,)`): how often each was sampled.
+        correct (`np.ndarray` of shape `(P,)`): how many of these were right.
+    """
+
+    number: int
+    prompt_ids: np.ndarray
+    rollouts: np.ndarray
+    correct: np.ndarray
+
+
+def read_batches(rows: list[dict]) -> list[Batch]:
+    """The batches of `rollouts.jsonl`. A new pass begins with a batch that has a prompt of this pass once more."""
+    by_step: dict[int, list[dict]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], []).append(row)
+    batches, seen, number = [], set(), 0
+    for of_step in by_step.values():
+        ids = {row["prompt_id"] for row in of_step}
+        if ids & seen:
+            seen, number = set(), number + 1
+        seen |= ids
+        columns = [np.array([row[name] for row in of_step]) for name in ("prompt_id", "rollouts", "correct")]
+        batches.append(Batch(number, *columns))
+    return batches
+
+
+def fit_beta(correct: np.ndarray, rollouts: np.ndarray) -> tuple[float, float]:
+    r"""
+    \\( \alpha \\) and \\( \beta \\) of the Beta distribution that success rates are drawn from, by moments.
+
+    Args:
+        correct (`np.ndarray` of shape `(P,)`): right rollouts of each prompt.
+        rollouts (`np.ndarray` of shape `(P,)`): its rollouts.
+    """
+    mean = np.clip(correct.sum() / rollouts.sum(), 0.01, 0.99)
+    # Var[c / n] = mean (1 - mean) (1 / n + (1 - 1 / n) correlation)
+    inverse = (1 / rollouts).mean()
+    relative = ((correct / rollouts - mean) ** 2).mean() / (mean * (1 - mean))
+    correlation = np.clip((relative - inverse) / (1 - inverse), 0.01, 0.99)
+    strength = 1 / correlation - 1
+    return float(mean * strength), float((1 - mean) * strength)
+
+
+def chance_of_none(alpha: np.ndarray, beta: np.ndarray, rollouts: np.ndarray) -> np.ndarray:
+    r"""\\( E[(1 - p)^n] \\) for \\( p \sim Beta(\alpha, \beta) \\), all of shape `(P,)`."""
+    draws_N = np.arange(rollouts.max())
+    factors_PN = (beta[:, None] + draws_N) / (alpha[:, None] + beta[:, None] + draws_N)
+    return np.where(draws_N < rollouts[:, None], factors_PN, 1.0).prod(axis=1)
+
+
+def budgets_by_rule(
+    batches: list[Batch], rule: str, schedule: RolloutBudgetSchedule, decay: float = 1.0, prior: float = 0.0
+) -> Iterator[np.ndarray]:
+    """What a rule gives each batch, shape `(P,)`, from the rollouts of the passes before."""
+    tracker = DifficultyTracker(1 + max(int(batch.prompt_ids.max()) for batch in batches), None, decay, prior)
+    number = 0
+    for batch in batches:
+        if batch.number > number:
+            tracker.rerank()
+            number = batch.number
+        num_generations = schedule.num_generations
+        if rule == "uniform":
+            yield np.full(len(batch.prompt_ids), num_generations)
+        else:
+            known = tracker.difficulty if rule == "rank" else tracker.success_rate
+            yield load_rule(rule)(known[batch.prompt_ids], num_generations, *schedule.bounds(number))
+        ids = np.repeat(batch.prompt_ids, batch.rollouts)
+        places = np.concatenate([np.arange(n) for n in batch.rollouts])
+        tracker.observe(ids, (places < np.repeat(batch.correct, batch.rollouts)).astype(float))
+
+
+def replay(batches: list[Batch], budgets: list[np.ndarray]) -> dict[str, float | dict[str, float]]:
+    """
+    What budgets would have given.
+
+    Args:
+        batches (`list[Batch]`): of the run.
+        budgets (`list[np.ndarray]`): rollouts of each batch's prompts.
+
+    Returns:
+        `dict` of expected `signal` (share of rollouts on prompts whose rewards differ), `all_wrong` (share of prompts
+        all of whose rollouts are wrong), and `rollouts` (mean of a prompt, by its success rate in its batch).
+    """
+    alpha, beta = (np.concatenate(column) for column in zip(*posteriors(batches), strict=True))
+    rollouts = np.concatenate(budgets)
+    none, all_right = chance_of_none(alpha, beta, rollouts), chance_of_none(beta, alpha, rollouts)
+    rate = alpha / (alpha + beta)
+    place = np.digitize(rate, BINS[1:-1])
+    by_rate = {
+        f"{BINS[index]:g}-{BINS[index + 1]:g}": float(rollouts[place == index].mean())
+        for index in range(len(BINS) - 1)
+        if (place == index).any()
+    }
+    signal = float((rollouts * (1 - none - all_right)).sum() / rollouts.sum())
+    return {"signal": signal, "all_wrong": float(none.mean()), "rollouts": by_rate}
+
+
+def posteriors(batches: list[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each batch's prompts, alpha and beta of their success rates given their rollouts there."""
+    fitted = {}
+    for number in {batch.number for batch in batches}:
+        of_pass = [batch for batch in batches if batch.number == number]
+        columns = ([getattr(batch, name) for batch in of_pass] for name in ("correct", "rollouts"))
+        fitted[number] = fit_beta(*map(np.concatenate, columns))
+    for batch in batches:
+        alpha, beta = fitted[batch.number]
+        yield alpha + batch.correct, beta + batch.rollouts - batch.correct
+
+
+def measured(batches: list[Batch]) -> dict[str, float]:
+    """What the run itself had: `signal` and `all_wrong` as in [`replay`], counted."""
+    rollouts, correct = (np.concatenate([getattr(b, name) for b in batches]) for name in ("rollouts", "correct"))
+    differs = (correct > 0) & (correct < rollouts)
+    return {"signal": float(rollouts[differs].sum() / rollouts.sum()), "all_wrong": float((correct == 0).mean())}
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """Rollouts of a prompt by its success rate, a line per rule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    axes = figure.subplots()
+    for name, result in results.items():
+        if "rollouts" in result:
+            label = f"{name}: {result['signal']:.2f} of rollouts with a signal"
+            axes.plot(result["rollouts"].keys(), result["rollouts"].values(), marker="o", markersize=4, label=label)
+    axes.set(xlabel="success rate of the prompt in its batch", ylabel="rollouts of a prompt", ylim=(0, None))
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, or its rollouts.jsonl")
+    parser.add_argument("--rules", nargs="+", default=RULES, help=f"any of {RULES}, or a dotted path (these)")
+    parser.add_argument("--num_generations_min", type=int, help="as in training (that of the run)")
+    parser.add_argument("--num_generations_max", type=int, help="as in training (that of the run)")
+    parser.add_argument("--num_generations_step", type=int, help="as in training (that of the run, else 2)")
+    parser.add_argument("--success_decay", type=float, default=1.0, help="as in training (1)")
+    parser.add_argument("--success_prior", type=float, default=0.0, help="as in training (0)")
+    parser.add_argument("--figure", help="where to draw the budgets")
+    parser.add_argument("--output", help="where to write the numbers, as JSON")
+    args = parser.parse_args(arguments)
+    run = Path(args.run)
+    if not run.exists():
+        parser.error(f"{run} is not there. Name a run's folder, or its rollouts.jsonl.")
+    batches = read_batches(read_rollouts(run))
+    if not batches:
+        parser.error(f"{run} holds no whole row. Name a run that has sampled a batch.")
+    settings = (read_settings(run) if run.is_dir() else None) or {}
+    sizes = {round(batch.rollouts.mean()) for batch in batches}
+    num_generations = settings.get("num_generations", min(sizes))
+    names = ("num_generations_min", "num_generations_max", "num_generations_step")
+    chosen = {name: getattr(args, name) or settings.get(name) for name in names}
+    schedule = RolloutBudgetSchedule(num_generations, **{key: value for key, value in chosen.items() if value})
+    results = {"measured": measured(batches), "as it was": replay(batches, [batch.rollouts for batch in batches])}
+    for rule in args.rules:
+        budgets = budgets_by_rule(batches, rule, schedule, args.success_decay, args.success_prior)
+        results[rule] = replay(batches, list(budgets))
+    print(f"{'':24} with a signal   all wrong   rollouts by success rate")
+    for name, result in results.items():
+        by_rate = "  ".join(f"{rate}: {mean:.1f}" for rate, mean in result.get("rollouts", {}).items())
+        print(f"{name:24} {result['signal']:13.3f} {result['all_wrong']:11.3f}   {by_rate}")
+    if args.figure:
+        draw(results, Path(args.figure))
+    if args.output:
+        write_json(args.output, results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What other budget rules would have given, from `rollouts.jsonl` alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from e3_trl import RolloutBudgetSchedule, read_rollouts
+from e3_trl.replay import Batch, budgets_by_rule, chance_of_none, fit_beta, main, measured, read_batches, replay
+
+
+def made_up_run(num_prompts=2000, num_passes=4, rollouts=8, seed=0):
+    """Batches of a policy that does not change, and every prompt's success rate."""
+    rng = np.random.default_rng(seed)
+    rate = rng.beta(0.5, 1.0, num_prompts)
+    batches = []
+    for number in range(num_passes):
+        for ids in rng.permutation(num_prompts).reshape(-1, 20):
+            batches.append(Batch(number, ids, np.full(20, rollouts), rng.binomial(rollouts, rate[ids])))
+    return batches, rate
+
+
+def test_the_chance_that_none_is_right_is_that_of_the_distribution():
+    rng = np.random.default_rng(0)
+    p = rng.beta(1.5, 4.0, 200_000)
+    for n in (1, 3, 12):
+        found = chance_of_none(np.array([1.5]), np.array([4.0]), np.array([n]))[0]
+        assert found == pytest.approx(((1 - p) ** n).mean(), abs=3e-3)
+
+
+def test_the_distribution_of_success_rates_is_found():
+    batches, _ = made_up_run(num_passes=1)
+    alpha, beta = fit_beta(np.concatenate([b.correct for b in batches]), np.full(2000, 8))
+    assert (alpha, beta) == pytest.approx((0.5, 1.0), rel=0.15)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "rank", "variance", "knapsack"])
+def test_it_predicts_what_a_second_run_of_the_same_policy_gives(rule):
+    batches, rate = made_up_run()
+    schedule = RolloutBudgetSchedule(8)
+    budgets = list(budgets_by_rule(batches, rule, schedule))
+    assert all(budget.sum() == 160 for budget in budgets)
+    predicted = replay(batches, budgets)
+    rng = np.random.default_rng(1)
+    second = [
+        Batch(batch.number, batch.prompt_ids, n, rng.binomial(n, rate[batch.prompt_ids]))
+        for batch, n in zip(batches, budgets, strict=True)
+    ]
+    for name, value in measured(second).items():
+        assert predicted[name] == pytest.approx(value, abs=0.03)
+    # The right order, of rules that differ by 0.04 and more.
+    as_it_was = replay(batches, [b.rollouts for b in batches])["signal"]
+    assert np.sign(round(predicted["signal"] - as_it_was, 6)) == {"rank": -1, "uniform": 0, "knapsack": 1}.get(rule, 1)
+
+
+def test_it_gives_the_budgets_that_the_run_had(make_trainer):
+    trainer = make_trainer(rollout_allocation="knapsack")
+    trainer.train()
+    batches = read_batches(read_rollouts(trainer.args.output_dir))
+    assert [batch.number for batch in batches] == [0] * 4 + [1] * 4 + [2] * 4
+    schedule = trainer.args.make_budget_schedule()
+    for batch, budgets in zip(batches, budgets_by_rule(batches, "knapsack", schedule), strict=True):
+        assert batch.rollouts.tolist() == budgets.tolist()
+
+
+def test_the_command(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(save_strategy="epoch")  # which writes its arguments
+    trainer.train()
+    folder = trainer.args.output_dir
+    rules = ["uniform", "rank", "test_budget_rules.more_for_the_easy"]
+    main([folder, "--rules", *rules, "--figure", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.json")])
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert set(results) == {"measured", "as it was", *rules}
+    assert results["rank"] == results["as it was"]  # with the bounds that stand in the folder
+    assert results["uniform"] != results["as it was"]
+    assert "with a signal" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nowhere")])
+    assert "nowhere is not there. Name" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_prepares_trains_and_reports(tmp_path):
     folder = tmp_path / "outputs" / "quickstart"
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
     report = json.loads((folder / "report.json").read_text())
-    assert report.keys() >= {"before", "quickstart", "quickstart-grpo"}
+    assert report.keys() >= {"before", "quickstart", "grpo"}
     assert report["seed"] == 0
     assert report["settings"]["temperature_schedule"] == "entropy"
     assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}

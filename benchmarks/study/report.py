@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import HfArgumentParser
 
 from benchmarks.study.run import NUM_SAMPLES, STUDY, read_study
@@ -218,24 +219,25 @@ def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_differences(task: str, comparison: dict[str, dict], path: Path) -> None:
+def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, dict], path: Path) -> None:
     """Every method's difference to GRPO with its interval, a panel per measure."""
-    names = ("pass@1", "pass@16", "pass@64", "all-wrong")
+    names = {"pass@1": "pass@1", "pass@16": "pass@16", "pass@64": "pass@64", "all-wrong": "all-wrong (less is better)"}
     methods = sorted(comparison, key=lambda method: comparison[method]["pass@64"]["mean"])
-    figure = Figure(figsize=(11, 1 + 0.3 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(12, 1 + 0.3 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True)
-    for axes, name in zip(panels, names, strict=True):
+    for axes, (name, title) in zip(panels, names.items(), strict=True):
         for place, method in enumerate(methods):
             interval = comparison[method][name]
             color = "C1" if method == "e3" else "C0"
             axes.plot([interval["low"], interval["high"]], [place, place], color=color, linewidth=1.5)
             axes.plot(interval["mean"], place, "o", color=color, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(title=MEASURES[name] + (" (less is better)" if name == "all-wrong" else ""))
-        axes.title.set_fontsize("medium")
+        axes.set_title(title, fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="x", linewidth=0.3)
-    panels[0].set_yticks(range(len(methods)), labels=methods)
-    figure.supxlabel(f"difference to GRPO on the same seed, task {TITLES.get(task, task)}", fontsize="medium")
+    panels[0].set_yticks(range(len(methods)), labels=[f"{method} ({len(numbers[method])})" for method in methods])
+    title = f"difference to GRPO on the same seed, 95% intervals, task {TITLES.get(task, task)} (number of seeds)"
+    figure.supxlabel(title, fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
@@ -261,7 +263,7 @@ def main(args: Arguments) -> None:
     (results / "study.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / "study_pass_at_k.png")
     first = next(iter(tasks))
-    draw_differences(first, comparisons[first], figures / "study_differences.png")
+    draw_differences(first, tasks[first], comparisons[first], figures / "study_differences.png")
     print(text)
 
 

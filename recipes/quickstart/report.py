@@ -78,7 +78,7 @@ def print_table(results: dict[str, dict]) -> None:
     for level in [*RuleTask.levels, "all"]:
         cells = [f"{result[f'pass@{k}'][level]:.2f}" for k in IN_TABLE for result in results.values()]
         table.add_row(level, *cells, style="bold" if level == "all" else None)
-    Console(width=120).print(table)
+    Console(width=100).print(table)
 
 
 def main(folders: list[str]) -> None:
@@ -87,7 +87,8 @@ def main(folders: list[str]) -> None:
     problems = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
     results = {"before": evaluate(base, problems)}
     for folder in folders:
-        results[Path(folder).name] = evaluate(Path(folder), problems)
+        name = Path(folder).name.removeprefix("quickstart-")  # short: a table has three columns of each
+        results[name] = evaluate(Path(folder), problems)
     print_table(results)
     counts = {"num_problems": len(problems), "num_samples": NUM_SAMPLES}
     write_json(first / REPORT_FILE, {**read_report(first), **counts, **results})

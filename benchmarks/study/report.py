@@ -253,7 +253,9 @@ def main(args: Arguments) -> None:
             continue
         tasks[task] = numbers = {m: numbers[m] for m in ["base", *study["methods"]] if m in numbers}
         grpo = numbers["grpo"]
-        comparisons[task] = {m: compare(numbers[m], grpo) for m in numbers if m != "grpo" and m != "base"}
+        # An interval over fewer seeds would say nothing.
+        compared = [m for m in numbers if m not in ("base", "grpo") and len(numbers[m].keys() & grpo.keys()) >= 3]
+        comparisons[task] = {m: compare(numbers[m], grpo) for m in compared}
         costs[task] = {m: cost(numbers[m], grpo) for m in numbers if m != "base"}
         text += table(TITLES.get(task, task), numbers, comparisons[task], costs[task]) + "\n"
     results, figures = Path(args.results_dir), Path(args.figures_dir)
@@ -263,12 +265,14 @@ def main(args: Arguments) -> None:
     (results / "study.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / "study_pass_at_k.png")
     first = next(iter(tasks))
-    draw_differences(first, tasks[first], comparisons[first], figures / "study_differences.png")
+    if comparisons[first]:
+        draw_differences(first, tasks[first], comparisons[first], figures / "study_differences.png")
     print(text)
 
 
 COLUMNS = """\
-Means over seeds; in brackets the 95% interval of the difference to GRPO on the same seed (bootstrap over seeds).
+Means over seeds; in brackets the 95% interval of the difference to GRPO on the same seed (bootstrap over seeds; not of
+fewer than three).
 
 - pass@k: held-out problems, 64 samples each at temperature 1; *hard*: the harder half of the levels; *own*: at the
   run's last temperature. *families solved*: share of families of which half of the samples are right.

@@ -1,6 +1,8 @@
 """Budget rules other than Algorithm 1, and what they are told."""
 
+import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,3 +157,13 @@ def test_a_rule_that_breaks_a_guarantee_is_named_at_its_first_batch(make_trainer
     trainer = make_trainer(rollout_allocation=f"test_budget_rules.{name}")
     with pytest.raises(ValueError, match=f"rollout_allocation is 'test_budget_rules.{name}'.*({message}).*Mend"):
         trainer.train()
+
+
+def test_the_rule_that_the_documentation_shows_keeps_the_guarantees(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    (tmp_path / "my_rules.py").write_text(re.search(r"```python\n# my_rules.py\n(.*?)```", text, re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    rule = load_rule("my_rules.more_for_the_unsolved")
+    assert rule(np.array([0.0, 0.0, 0.5, 1.0]), 8, 4, 12).tolist() == [12, 12, 4, 4]
+    for rates in ([0.0] * 4, [NAN] * 3, [0.0, 1.0, NAN, 0.2, 0.0]):
+        assert rule(np.array(rates), 8, 4, 12).sum() == 8 * len(rates)

@@ -15,16 +15,15 @@ import yaml
 from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser, PrinterCallback
 
+from benchmarks.study.run import NUM_SAMPLES, count_correct
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
 from e3_trl.runs.describe import write_json
 from recipes.quickstart.prepare import Arguments as BaseArguments
 from recipes.quickstart.prepare import main as prepare
-from recipes.quickstart.report import sample
 from recipes.quickstart.task import RuleTask
 
 
 ROOT = Path(__file__).parent.parent
-NUM_SAMPLES = 64
 WITHIN_REACH = 0.2, 0.8
 GOAL = 0.95
 
@@ -47,8 +46,7 @@ class Arguments:
 
 def accuracies(folder: Path, problems: list[dict]) -> np.ndarray:
     """Share of right answers to each problem at temperature 1, shape `(P,)`."""
-    samples = sample(folder, problems, NUM_SAMPLES, 1.0, RuleTask.max_completion_length)
-    return np.array([np.mean(RuleTask.reward(texts, [row["answer"]] * NUM_SAMPLES)) for row, texts in samples])
+    return np.array(count_correct(folder, RuleTask, problems, 1.0)) / NUM_SAMPLES
 
 
 def main(args: Arguments) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from datasets import load_dataset
 from transformers import HfArgumentParser, PrinterCallback
 
-from benchmarks.study.run import STUDY, count_correct, read_study
+from benchmarks.study.run import NUM_SAMPLES, STUDY, count_correct, read_study
 from benchmarks.study.tasks import SumTask
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, TemperatureCallback, TemperatureSchedule
 from e3_trl.runs.describe import write_json
@@ -114,7 +114,9 @@ def main(args: Arguments) -> None:
                         "temperature change per step": float(np.abs(np.diff(temperature)).mean()),
                         "temperature": float(temperature[-half:].mean()),
                         "at its clamp": float((temperature >= 2).mean()),
-                        "pass@1": float(np.mean(count_correct(Path(trainer.args.output_dir), task, test, 1.0)) / 64),
+                        "pass@1": float(
+                            np.mean(count_correct(Path(trainer.args.output_dir), task, test, 1.0)) / NUM_SAMPLES
+                        ),
                     }
                 )
         results["target_noise"][size] = noise

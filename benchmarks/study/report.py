@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from transformers import HfArgumentParser
 
 from benchmarks.study.run import NUM_SAMPLES, STUDY, read_study
+from e3_trl import dotted_path
 from e3_trl.evaluation.metrics import bootstrap_means, pass_at_k
 from e3_trl.runs.describe import write_json
 
@@ -246,8 +247,7 @@ def main(args: Arguments) -> None:
     text = "# The study\n\nMade by `python -m benchmarks.study.report`; what the columns mean stands at the end.\n\n"
     study = read_study(str(STUDY))
     for task, of_task in study["tasks"].items():
-        module, name = of_task["task"].rsplit(".", 1)
-        levels = list(getattr(__import__(module, fromlist=[name]), name).levels)
+        levels = list(dotted_path.load(of_task["task"]).levels)
         numbers = read_task(Path(args.study_dir) / task, levels)
         if "grpo" not in numbers:
             continue

@@ -99,14 +99,14 @@ def run_job(job: Job) -> Job:
     import torch
     from accelerate.utils import set_seed
 
+    from e3_trl import dotted_path
     from e3_trl.runs.describe import write_json
     from recipes.quickstart.prepare import make_base
 
     torch.set_num_threads(1)
     study = read_study(job.config)
     of_task = study["tasks"][job.task]
-    module, name = of_task["task"].rsplit(".", 1)
-    task = getattr(__import__(module, fromlist=[name]), name)(job.seed)
+    task = dotted_path.load(of_task["task"])(job.seed)
     base = job.folder / "base"
     log = open(job.folder / f"{job.method or 'base'}.log", "w")  # noqa: SIM115
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

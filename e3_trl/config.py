@@ -38,9 +38,15 @@ class E3GRPOConfig(GRPOConfig):
             How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
             every prompt gets `num_generations`, as in TRL, `"variance"` = by the variance of the prompt's rewards
             (https://huggingface.co/papers/2602.01601), `"knapsack"` = by what a rollout is worth
-            (https://huggingface.co/papers/2509.25849), or the dotted path of a function of success rates (`(B,)`, NaN
-            = not known), \\( G \\), \\( G_{min} \\) and \\( G_{max} \\) that returns `(B,)` integers. In all the
-            total is constant and the bounds hold.
+            (https://huggingface.co/papers/2509.25849), `"pilot"` = `num_generations_min` of each prompt first, then
+            the rest of those that were not all right (https://huggingface.co/papers/2605.26606), from the first batch
+            on and with two calls for completions (for text without tools), or the dotted path of a function of
+            success rates (`(B,)`, NaN = not known), \\( G \\), \\( G_{min} \\) and \\( G_{max} \\) that returns
+            `(B,)` integers. In all the total is constant and the bounds hold.
+        rerank_every (`str` or `int`, *optional*, defaults to `"pass"`):
+            When prompts are ranked anew: `"pass"` = when a pass over the dataset is over, as in the paper, or a
+            number of generation batches (with TRL's defaults one is an optimizer step), and then after each pass too.
+            With a number, budgets are given when a batch begins. For text without tools.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -130,6 +136,11 @@ class E3GRPOConfig(GRPOConfig):
             The schedule goes no lower.
         temperature_max (`float`, *optional*, defaults to `2.0`):
             The schedule goes no higher.
+        temperature_spread (`float`, *optional*, defaults to `0.0`):
+            \\( s \\): a prompt of difficulty \\( k \\) is sampled, and its log-probs are computed, at \\( \tau (1 +
+            s (k - 1/2)) \\), within `temperature_min` and `temperature_max`; at \\( \tau \\) until it has a
+            difficulty. 0 = at \\( \tau \\), as in the paper, whose Limitations ask for this. For text without tools,
+            sampled by transformers or a colocated vLLM, and LM heads without bias and softcap.
         annealing_start (`float`, *optional*, defaults to `0.6`):
             Fraction of the run's steps after which the target entropy falls (Eq. 5). `None` = it stays.
         annealing_factor (`float`, *optional*, defaults to `0.9`):
@@ -143,9 +154,13 @@ class E3GRPOConfig(GRPOConfig):
         default="rank",
         metadata={
             "help": "How a batch's rollouts are split over its prompts: 'rank' = by difficulty (Algorithm 1), "
-            "'uniform' = every prompt gets `num_generations`, 'variance' and 'knapsack' = by success rate, or the "
-            "dotted path of a rule."
+            "'uniform' = every prompt gets `num_generations`, 'variance' and 'knapsack' = by success rate, 'pilot' = "
+            "part first, the rest where that was not all right, or the dotted path of a rule."
         },
+    )
+    rerank_every: str = field(
+        default="pass",
+        metadata={"help": "When prompts are ranked anew: after each 'pass', or a number of generation batches."},
     )
     success_decay: float = field(
         default=1.0,
@@ -277,6 +292,10 @@ class E3GRPOConfig(GRPOConfig):
     )
     temperature_min: float = field(default=0.1, metadata={"help": "The temperature schedule goes no lower."})
     temperature_max: float = field(default=2.0, metadata={"help": "The temperature schedule goes no higher."})
+    temperature_spread: float = field(
+        default=0.0,
+        metadata={"help": "s: a prompt of difficulty k has the temperature tau * (1 + s * (k - 1/2)). 0 = tau."},
+    )
     annealing_start: float | None = field(
         default=0.6,
         metadata={"help": "Fraction of the run's steps after which the target entropy falls (Eq. 5). None = never."},
@@ -300,8 +319,17 @@ class E3GRPOConfig(GRPOConfig):
                 f"per_device_train_batch_size ({self.per_device_train_batch_size}) x steps_per_generation. Change one "
                 "of them, or num_generations."
             ) from error
-        if self.rollout_allocation != "uniform":
+        if self.rollout_allocation not in ("uniform", "pilot"):
             load_rule(self.rollout_allocation)
+        if self.rollout_allocation == "pilot" and self.dynamic_sampling:
+            raise ValueError(
+                "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards "
+                "of a batch what is sampled next. Set one of them only."
+            )
+        if self.rerank_every != "pass" and not (str(self.rerank_every).isdecimal() and int(self.rerank_every) > 0):
+            raise ValueError(
+                f"rerank_every is {self.rerank_every!r}. Set it to 'pass', or to a number of generation batches."
+            )
         if not 0 < self.success_decay <= 1:
             raise ValueError(f"success_decay is {self.success_decay}. Set it in (0, 1], 1 = none.")
         if not 0 <= self.success_prior < math.inf:
@@ -326,6 +354,12 @@ class E3GRPOConfig(GRPOConfig):
                 f"generation_kwargs sets temperature to {self.generation_kwargs['temperature']}, which would hide the "
                 "trainer's own. Set `temperature` instead."
             )
+        if not 0 <= self.temperature_spread < 2:
+            raise ValueError(
+                f"temperature_spread is {self.temperature_spread}. Set it in [0, 2), 0 = the same for all prompts."
+            )
+        if self.temperature_spread > 0:
+            self._check_temperature_spread()
         if self.eval_temperature is not None and self.eval_temperature <= 0:
             raise ValueError(f"eval_temperature is {self.eval_temperature}. Set it above 0.")
         if self.length_bias_coef < 0:
@@ -373,6 +407,20 @@ class E3GRPOConfig(GRPOConfig):
         # What is missing has its default after unpickling.
         return without_secrets(self.__dict__)
 
+    def _check_temperature_spread(self) -> None:
+        if not self.temperature_min <= self.temperature <= self.temperature_max:
+            raise ValueError(
+                f"temperature_spread is {self.temperature_spread} and temperature {self.temperature}, outside of "
+                f"temperature_min ({self.temperature_min}) and temperature_max ({self.temperature_max}), which hold "
+                "for each prompt. Widen these."
+            )
+        if (self.use_vllm and self.vllm_mode == "server") or self.use_transformers_continuous_batching:
+            raise ValueError(
+                f"temperature_spread is {self.temperature_spread}, and a vLLM server, or transformers' continuous "
+                "batching, is told one temperature for all prompts. Set vllm_mode to 'colocate' and "
+                "use_transformers_continuous_batching to False, or temperature_spread to 0."
+            )
+
     def _check_vllm(self) -> None:
         if self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size != 0:
             raise ValueError(
@@ -393,6 +441,11 @@ class E3GRPOConfig(GRPOConfig):
                 f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
                 "set use_vllm to False."
             )
+
+    @property
+    def rerank_batches(self) -> int | None:
+        """Generation batches between two rankings; `None` = prompts are ranked when a pass is over."""
+        return None if self.rerank_every == "pass" else int(self.rerank_every)
 
     @property
     def num_candidates(self) -> int:

@@ -14,7 +14,7 @@ from .callbacks import EngineCheckCallback, PassCallback, TemperatureCallback
 from .config import E3GRPOConfig
 from .method.budget_rules import load_rule
 from .method.difficulty import DifficultyTracker
-from .method.temperature import EntropyWindow, TemperatureSchedule
+from .method.temperature import EntropyWindow, TemperatureSchedule, spread_temperatures
 from .rollouts.advantages import compare
 from .rollouts.batch import PROMPT_ID, GenerationBatch, IndexedCollator, IndexedPrompts
 from .rollouts.dynamic_sampling import keep_informative_groups
@@ -22,13 +22,14 @@ from .rollouts.evaluation import Evaluation
 from .rollouts.length_bias import shorten
 from .rollouts.loss_window import LossWindow
 from .rollouts.micro_batches import plan_generation_batch
+from .rollouts.pilot import sample_in_two_parts
 from .rollouts.prepo import select_prompts, weigh_by_entropy
 from .rollouts.prompts import is_text, share_copies, with_copies, without_copies
 from .rollouts.rollout_func import check_rollouts
 from .rollouts.sampler import RolloutBudgetSampler
 from .rollouts.scoring import is_planned, scoring_pass, without_old_logps
 from .rollouts.telemetry import RolloutLog, log_rollouts
-from .rollouts.temperature import LiveTemperature, connect
+from .rollouts.temperature import LiveTemperature, RowTemperatures, connect
 from .rollouts.vllm import RolloutGeneration, server_errors_named
 from .runs.checkpoint import dataset_fingerprint
 from .runs.describe import describe_run
@@ -45,8 +46,9 @@ class E3GRPOTrainer(GRPOTrainer):
     per prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
     (`temperature_schedule`). With both off, gradients equal GRPOTrainer's to rounding, for micro-batches are put
     together anew; with `micro_batching="none"` to the last bit. More can be switched on: a length bias for easy
-    prompts (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), and PREPO's choice of prompts by
-    perplexity (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`).
+    prompts (`length_bias_coef`), DAPO's dynamic sampling (`dynamic_sampling`), PREPO's choice of prompts by perplexity
+    (`prompt_selection_ratio`) and weighting by entropy (`entropy_weighting`), and a temperature by difficulty
+    (`temperature_spread`).
 
     What happens to a generation batch stands in `_generate_and_score_completions`, from top to bottom. What is
     overridden, each around a call of `super()`:
@@ -60,7 +62,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_get_dataloader`, `_set_signature_columns_if_needed` | give every prompt an id, which the trainer alone sees |
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
     | `_generate_and_score_completions` | the pipeline of a generation batch; advantages for groups of any size |
-    | `_generate` | seed vLLM; check what a rollout function returns; sample further prompts (DAPO) |
+    | `_generate` | seed vLLM; check what a rollout function returns; sample in rounds (DAPO, a pilot) |
     | `_tokenize_prompts` | a prompt is tokenised once for all its rows |
     | `_generate_single_turn` | one engine call for all prompts of an evaluation |
     | `_calculate_rewards` | keep the rewards of all processes; score each round of completions once |
@@ -137,6 +139,7 @@ class E3GRPOTrainer(GRPOTrainer):
         check_run(args, reward_list, train_dataset, eval_list, fixed_columns, bool(kwargs.get("tools")))
 
         self.live_temperature = LiveTemperature(args.temperature)
+        self.row_temperatures = RowTemperatures(self.live_temperature)
         self.entropy_window, self.loss_window = EntropyWindow(), LossWindow(self)
         # A stream, or an environment that makes the prompts, has no index: no difficulty, nothing to recognise it by.
         self.difficulty_tracker: DifficultyTracker | None = None
@@ -205,16 +208,26 @@ class E3GRPOTrainer(GRPOTrainer):
         """Difficulty that the batch's budgets came from, in (0, 1], NaN = not known; of the shape of `prompt_ids`."""
         return self.difficulty_tracker.difficulty[prompt_ids] if batch.indexed else np.full(len(prompt_ids), np.nan)
 
+    def temperature_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> np.ndarray:
+        """Temperature of each of the batch's prompts, of the shape of `prompt_ids`."""
+        args = self.args
+        difficulty = self.difficulty_of(batch, prompt_ids)
+        return spread_temperatures(
+            difficulty, self.temperature, args.temperature_spread, args.temperature_min, args.temperature_max
+        )
+
     # --- a generation batch: choose prompts, give budgets, sample, keep, score, count, compare, weigh
 
     def _get_train_sampler(self, dataset=None):
-        rule = self.args.rollout_allocation
-        has_budgets = rule != "uniform" and self.difficulty_tracker is not None
+        rule, num_candidates = self.args.rollout_allocation, None
+        has_budgets = rule not in ("uniform", "pilot") and self.difficulty_tracker is not None
+        if self.args.prompt_selection_ratio < 1 or (has_budgets and self.args.rerank_batches):
+            num_candidates = self.args.num_candidates  # whose budgets are not known when the dataloader reads them
         self._train_sampler = RolloutBudgetSampler.like(
             super()._get_train_sampler(dataset),
             difficulty=self.difficulty_tracker,
             **({"budget_schedule": self.args.make_budget_schedule(), "rule": load_rule(rule)} if has_budgets else {}),
-            num_candidates=self.args.num_candidates if self.args.prompt_selection_ratio < 1 else None,
+            num_candidates=num_candidates,
         )
         return self._train_sampler
 
@@ -238,9 +251,13 @@ class E3GRPOTrainer(GRPOTrainer):
         with self._generation_batch(inputs) as batch:
             if self.args.prompt_selection_ratio < 1:
                 select_prompts(self, batch)
+            elif self._train_sampler.num_candidates is not None:
+                batch.begin_with(self._train_sampler.rows(batch.prompt_ids), self.train_dataset)
             with without_old_logps(self, batch):
                 # `_generate` samples and keeps what is trained on; `_calculate_rewards` scores.
                 output = super()._generate_and_score_completions(batch.round.examples)
+            if self.args.temperature_spread > 0:
+                output["temperature"] = self.row_temperatures.of_rows
             log_rollouts(self, batch)
             batch.shaped_rewards = batch.of_kept(batch.rewards).clone()
             if self.args.length_bias_coef > 0:
@@ -253,6 +270,8 @@ class E3GRPOTrainer(GRPOTrainer):
             output["advantages"] = batch.advantages[batch.share]
             self._logs["advantages"].extend(batch.advantages.tolist())
         self.num_generation_batches += 1
+        if self.args.rerank_batches and self.num_generation_batches % self.args.rerank_batches == 0:
+            self.difficulty_tracker.rerank(ends_pass=False)
         self.sampled_step = self.state.global_step
         return output
 
@@ -264,21 +283,42 @@ class E3GRPOTrainer(GRPOTrainer):
             yield self._batch
         finally:
             self._batch = None
+            self.row_temperatures.set(None)
 
     def _generate(self, prompts):
-        batch, shared = self._batch, share_copies(self, prompts)
+        batch = self._batch
         if batch is None:
-            return super()._generate(shared)
-        key = [self.args.seed, 0, batch.index, len(batch.rounds)]
-        with self.vllm_generation.seeded(key, batch.round.prompt_ids) if self.use_vllm else nullcontext():
-            output = super()._generate(shared)
+            return super()._generate(share_copies(self, prompts))
+        if self.args.dynamic_sampling:
+            output = keep_informative_groups(self, batch, prompts)
+        elif self.args.rollout_allocation == "pilot":
+            output = sample_in_two_parts(self, batch, prompts)
+        else:
+            output = self.sample_round(prompts)
+        self._set_row_temperatures(batch, batch.of_kept(batch.sampled_ids)[batch.share])
+        return output
+
+    def _set_row_temperatures(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> None:
+        if self.args.temperature_spread > 0:
+            temperatures = self.temperature_of(batch, prompt_ids)
+            self.row_temperatures.set(torch.tensor(temperatures, dtype=torch.float32, device=self.accelerator.device))
+
+    def sample_round(self, prompts: list) -> tuple:
+        """What TRL's `_generate` returns, for the newest round of the batch."""
+        batch, spread = self._batch, self.args.temperature_spread
+        self._set_row_temperatures(batch, batch.round.prompt_ids[batch.share_of(batch.round.prompt_ids)])
+        seeded = nullcontext()
+        if self.use_vllm:
+            key = [self.args.seed, 0, batch.index, len(batch.rounds)]
+            temperatures = self.temperature_of(batch, batch.round.prompt_ids) if spread > 0 else None
+            seeded = self.vllm_generation.seeded(key, batch.round.prompt_ids, temperatures)
+        with seeded:
+            output = super()._generate(share_copies(self, prompts))
         prompt_ids, completion_ids, tool_mask, *_ = output
         if self.rollout_func is not None and batch.indexed and self.args.rollout_allocation != "uniform":
             check_rollouts(self._tokenize_prompts(prompts)[0], prompt_ids)
         lengths = [len(ids) for ids in completion_ids] if tool_mask is None else [sum(mask) for mask in tool_mask]
         batch.round.lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
-        if self.args.dynamic_sampling and len(batch.rounds) == 1:
-            output = keep_informative_groups(self, batch, prompts, output)
         return output
 
     def _tokenize_prompts(self, prompts):
@@ -287,7 +327,7 @@ class E3GRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         batch = self._batch
-        if batch is not None and batch.round.rewards is not None:  # dynamic sampling scores to know what to keep
+        if batch is not None and batch.round.rewards is not None:  # scored already, to know what to sample and keep
             return batch.of_kept(batch.rewards)
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if batch is not None:
@@ -320,7 +360,8 @@ class E3GRPOTrainer(GRPOTrainer):
             self.add_metric("temperature", self.temperature)
         self.inside_optimizer_step = not self.accelerator.sync_gradients
         has_rows = self.loss_window.begin(inputs)
-        return self.loss_window.end(super()._compute_loss(model, inputs) if has_rows else None)
+        with self.row_temperatures.at(inputs.get("temperature")):
+            return self.loss_window.end(super()._compute_loss(model, inputs) if has_rows else None)
 
     # --- evaluation
 

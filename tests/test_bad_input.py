@@ -25,6 +25,25 @@ def make_config(tmp_path, **settings):
         ({"num_generations_step": -1}, "num_generations_step is -1. Set"),
         ({"rollout_allocation": "best"}, "rollout_allocation is 'best', and there is no such rule.*Set.*'knapsack'"),
         ({"rollout_allocation": "conftest.no_rule"}, "rollout_allocation is 'conftest.no_rule', and there is no.*Set"),
+        (
+            {"rollout_allocation": "pilot", "dynamic_sampling": True},
+            "rollout_allocation is 'pilot' and dynamic.*Set one",
+        ),
+        ({"rerank_every": "step"}, "rerank_every is 'step'. Set it to 'pass', or to a number"),
+        ({"rerank_every": 0}, "rerank_every is 0. Set it to 'pass', or to a number"),
+        ({"temperature_spread": 2.0}, r"temperature_spread is 2.0. Set it in \[0, 2\)"),
+        (
+            {"temperature_spread": 0.5, "temperature": 2.5, "temperature_schedule": "constant"},
+            "temperature_spread is 0.5 and temperature 2.5, outside.*Widen",
+        ),
+        (
+            {"temperature_spread": 0.5, "use_vllm": True, "vllm_mode": "server"},
+            "temperature_spread is 0.5, and a vLLM server.*Set vllm_mode to 'colocate'",
+        ),
+        (
+            {"temperature_spread": 0.5, "use_transformers_continuous_batching": True},
+            "temperature_spread is 0.5, and.*Set vllm_mode to 'colocate'",
+        ),
         ({"success_decay": 0.0}, "success_decay is 0.0. Set"),
         ({"success_prior": -1.0}, "success_prior is -1.0. Set"),
         ({"temperature_schedule": "cosine"}, "temperature_schedule is 'cosine'. Set"),

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3_trl import DifficultyTracker, read_rollouts
-from e3_trl.method.budget_rules import SUCCESS_RULES, knapsack_rollouts, load_rule, minimum_variance_rollouts
+from e3_trl import DifficultyTracker, group_advantages, read_rollouts
+from e3_trl.method.budget_rules import (
+    SUCCESS_RULES,
+    commit_rollouts,
+    knapsack_rollouts,
+    load_rule,
+    minimum_variance_rollouts,
+    pilot_rollouts,
+)
 
 
 NAN = float("nan")
@@ -83,6 +91,25 @@ def test_what_cannot_teach_gets_the_least_and_what_is_not_known_the_mean(rule):
         rule([0.5], 8, 1, 12)
 
 
+@given(rates, bounds, st.integers(1, 16))
+def test_a_pilot_and_what_follows_it(rates, bounds, num_processes):
+    """Both parts can be shared evenly where the batch can, and the rest is for those that were not always right."""
+    minimum, up, further = bounds
+    num_generations, maximum = minimum + up, minimum + up + further
+    num_processes = np.gcd(num_processes, len(rates) * num_generations)
+    pilots = pilot_rollouts(len(rates), minimum, num_processes)
+    assert pilots.sum() % num_processes == 0
+    assert (pilots.min() >= minimum, pilots.sum() - len(rates) * minimum < num_processes) == (True, True)
+    budgets = commit_rollouts(rates, pilots, num_generations, maximum)
+    assert budgets.sum() == len(rates) * num_generations
+    assert ((budgets >= pilots) & (budgets <= maximum)).all()
+    is_open = ~(np.array(rates) >= 1)
+    if (budgets > pilots)[~is_open].any() and not np.isnan(rates).any():
+        assert (budgets[is_open] == maximum).all(), "nothing for what is learnt while the others have room"
+    grown = budgets[is_open & (budgets > pilots) & (budgets < maximum)]
+    assert len(grown) == 0 or np.isnan(rates).any() or np.ptp(grown) <= 1
+
+
 def test_older_rollouts_count_less_and_a_prior_leaves_hope():
     tracker = DifficultyTracker(2, decay=0.5, prior=1.0)
     tracker.observe([0] * 4, [1.0] * 4)
@@ -147,6 +174,87 @@ def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make
             tracker.observe([row["prompt_id"]] * row["rollouts"], rewards)
         tracker.rerank()
     assert {row["rollouts"] for row in rows} > {4}
+
+
+def test_the_rest_of_a_group_follows_its_pilot(make_trainer):
+    """Two calls for a constant total from the first batch on; trained on are groups of both parts, with one mean."""
+    trainer = make_trainer(rollout_allocation="pilot", micro_batching="none", learning_rate=0.0)
+    calls, windows, calculate, prepare = [], [], trainer._calculate_rewards, trainer._prepare_inputs
+
+    def spy(inputs, prompts, completions, completion_ids):
+        is_scored = trainer._batch.round.rewards is not None
+        rewards = calculate(inputs, prompts, completions, completion_ids)
+        if not is_scored:
+            calls.append((list(prompts), list(completion_ids), rewards[:, 0].numpy()))
+        return rewards
+
+    def prepared(inputs):
+        windows.append(prepare(inputs))
+        return windows[-1]
+
+    trainer._calculate_rewards, trainer._prepare_inputs = spy, prepared
+    trainer.train()
+    rows, ids = read_rollouts(trainer.args.output_dir), {p: i for i, p in enumerate(trainer.train_dataset["prompt"])}
+    assert len(calls) == 24
+    budgets_seen = set()
+    for step, (pilot, rest, window) in enumerate(zip(calls[::2], calls[1::2], windows, strict=True), start=1):
+        batch = {row["prompt_id"]: row["rollouts"] for row in rows if row["step"] == step}
+        of_pilot = np.array([ids[prompt] for prompt in pilot[0]]).reshape(4, 2)
+        assert (of_pilot[:, 0] == of_pilot[:, 1]).all()
+        assert list(batch) == of_pilot[:, 0].tolist()
+        rate = pilot[2].reshape(4, 2).mean(axis=1)
+        assert list(batch.values()) == commit_rollouts(rate, np.full(4, 2), 4, 8).tolist()
+        prompts, completions = pilot[0] + rest[0], pilot[1] + rest[1]
+        rewards = torch.tensor(np.r_[pilot[2], rest[2]])
+        advantages = group_advantages(rewards, torch.tensor([ids[prompt] for prompt in prompts])).tolist()
+        tokens = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        expected = sorted(zip(tokens, completions, advantages, strict=True))
+        columns = [(window[f"{part}_ids"], window[f"{part}_mask"].bool()) for part in ("prompt", "completion")]
+        parts = [[row[mask].tolist() for row, mask in zip(*column, strict=True)] for column in columns]
+        trained = sorted(zip(*parts, window["advantages"].tolist(), strict=True))
+        assert [row[:2] for row in trained] == [row[:2] for row in expected]
+        assert [row[2] for row in trained] == pytest.approx([row[2] for row in expected], abs=1e-4)
+        budgets_seen |= set(batch.values())
+    assert len(budgets_seen) > 2
+    assert trainer.difficulty_tracker.num_rollouts.sum() == 12 * 16
+
+
+def test_a_pilot_that_leaves_nothing_over_is_one_call(make_trainer):
+    with pytest.warns(UserWarning, match="every prompt will get num_generations"):
+        trainer = make_trainer(rollout_allocation="pilot", num_generations_min=4, max_steps=2)
+    calls, sample = [], trainer.sample_round
+    trainer.sample_round = lambda prompts: calls.append(len(prompts)) or sample(prompts)
+    trainer.train()
+    assert calls == [16, 16]
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_selection_ratio": 0.5}, {"dataloader_num_workers": 1}], ids=str)
+def test_ranks_are_renewed_inside_a_pass(make_trainer, settings):
+    """With the rollouts of the batch before, whenever the dataloader reads; and after each pass too."""
+    trainer = make_trainer(rerank_every=3, success_decay=0.5, **settings)
+    seen, tracker = [], DifficultyTracker(16, decay=0.5)
+    trainer.train()
+    rows = read_rollouts(trainer.args.output_dir)
+    steps_per_pass = trainer._train_sampler.num_batches
+    schedule = trainer.args.make_budget_schedule()
+    for step in range(1, 13):
+        batch = [row for row in rows if row["step"] == step]
+        ids = np.array([row["prompt_id"] for row in batch])
+        if step > 1 and (step - 1) % steps_per_pass == 0:
+            tracker.rerank()
+        assert [row["difficulty"] for row in batch] == [None if np.isnan(k) else k for k in tracker.difficulty[ids]]
+        bounds = schedule.bounds((step - 1) // steps_per_pass)
+        expected = load_rule("rank")(tracker.difficulty[ids], 4, *bounds)
+        assert [row["rollouts"] for row in batch] == expected.tolist()
+        seen.append(tracker.difficulty.copy())
+        for row in batch:
+            rewards = [1.0] * row["correct"] + [0.0] * (row["rollouts"] - row["correct"])
+            tracker.observe([row["prompt_id"]] * row["rollouts"], rewards)
+        if step % 3 == 0:
+            tracker.rerank(ends_pass=False)
+    changes = [step for step in range(1, 12) if not np.array_equal(seen[step - 1], seen[step], equal_nan=True)]
+    assert {3, 6, 9} <= set(changes)
+    assert len({row["rollouts"] for row in rows}) > 2
 
 
 @pytest.mark.parametrize(

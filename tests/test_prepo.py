@@ -200,15 +200,20 @@ def test_too_few_candidates_are_refused(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "remedy"), [("prompt_selection_ratio", 0.5, "1.0"), ("entropy_weighting", True, "False")]
+    ("name", "value", "remedy"),
+    [
+        ("prompt_selection_ratio", 0.5, "1.0"),
+        ("entropy_weighting", True, "False"),
+        ("rollout_allocation", "pilot", "rank"),
+        ("rerank_every", 5, "pass"),
+        ("temperature_spread", 0.5, "0.0"),
+    ],
 )
 def test_streams_are_refused(make_trainer, name, value, remedy):
     with pytest.raises(ValueError, match=f"{name} is {value}.* text alone.* Set it to {remedy}"):
         make_trainer(
             train_dataset=make_dataset().to_iterable_dataset(),
-            rollout_allocation="uniform",
-            annealing_start=None,
-            **{name: value},
+            **{"rollout_allocation": "uniform", "annealing_start": None, name: value},
         )
 
 

@@ -57,6 +57,9 @@ def assert_same_run(resumed, whole):
         (7, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}),
         # a rule by success rate, with older rollouts counting less: in force is what was counted when the pass began
         (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
+        # ranks that change inside a pass, and a temperature for each
+        (8, {"rerank_every": 3, "success_decay": 0.5, "temperature_spread": 0.5}),
+        (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
         (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),

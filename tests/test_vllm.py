@@ -106,6 +106,34 @@ def test_each_prompt_gets_its_own_number_of_completions_at_the_live_temperature(
     assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 12, abs=0.01)
 
 
+@pytest.mark.parametrize("request_seeds", [False, True])
+def test_a_pilot_is_two_calls_with_a_temperature_for_each_prompt(make_trainer, float32_engine, request_seeds):
+    """And the engine's log-probs are those that training computes at that temperature."""
+    trainer = make_trainer(
+        **VLLM,
+        rollout_allocation="pilot",
+        rerank_every=2,
+        temperature_spread=1.5,
+        vllm_request_seeds=request_seeds,
+        max_steps=6,
+    )
+    calls = record_requests(trainer)
+    trainer.train()
+    rows = read_rollouts(trainer.args.output_dir)
+    assert len(calls) == 12
+    for step, parts in enumerate(zip(calls[::2], calls[1::2], strict=True), start=1):
+        asked, temperatures = Counter(), {}
+        for prompt, number, temperature, _ in parts[0] + parts[1]:
+            asked[prompt] += number
+            assert temperatures.setdefault(prompt, temperature) == temperature
+        batch = [row for row in rows if row["step"] == step]
+        assert list(asked.values()) == [row["rollouts"] for row in batch]
+        assert list(temperatures.values()) == [row["temperature"] for row in batch]
+        assert [number for _, number, *_ in parts[0]] == [2] * 4
+    assert len({row["temperature"] for row in rows if row["step"] == 6}) > 1
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+
+
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear", r=4)], ids=["full", "LoRA"])
 def test_log_probs_agree_after_large_updates(make_trainer, float32_engine, peft_config):
     """Weights that do not arrive make the engine sample from an older policy: of one layer norm alone, by 0.1."""

@@ -225,14 +225,25 @@ def test_two_ranks_choose_the_prompts_that_one_chooses(model_path, tmp_path):
     assert_same_advantages(tmp_path / "two", advantages)
 
 
-def test_two_ranks_keep_the_groups_that_one_keeps(model_path, tmp_path):
-    """Dynamic sampling moves groups from rank to rank."""
-    settings = STRADDLING | {"dynamic_sampling": True, "max_resample_rounds": 4, "adam_epsilon": 1e-3}
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"dynamic_sampling": True, "max_resample_rounds": 4},
+        {"rollout_allocation": "pilot", "temperature_spread": 0.5, "rerank_every": 2},
+    ],
+    ids=str,
+)
+def test_two_ranks_keep_the_groups_that_one_keeps(model_path, tmp_path, policy):
+    """Dynamic sampling, and what follows a pilot, move groups from rank to rank."""
+    settings = STRADDLING | {"adam_epsilon": 1e-3} | policy
     one_rank(model_path, tmp_path / "one", **settings)
     done = launch(model_path, tmp_path / "two", forced=True, **settings | {"per_device_train_batch_size": 12})
     assert done.returncode == 0, done.stderr[-4000:]
     steps, advantages = recorded(tmp_path / "one")
-    assert sum(steps[-1]["rollouts"]) > 12 * 24, "batches were sampled anew"
+    if "dynamic_sampling" in policy:
+        assert sum(steps[-1]["rollouts"]) > 12 * 24, "batches were sampled anew"
+    else:
+        assert len({row["temperature"] for row in read_rollouts(tmp_path / "two") if row["step"] == 8}) > 1
     assert_same_state(recorded(tmp_path / "two")[0], steps)
     assert_same_advantages(tmp_path / "two", advantages)
 

@@ -1,4 +1,4 @@
-"""Other ways than Algorithm 1 to split a batch's rollouts: by each prompt's success rate."""
+"""Other ways than Algorithm 1 to split a batch's rollouts: by each prompt's success rate, or by a pilot."""
 
 from collections.abc import Callable
 
@@ -76,31 +76,95 @@ def knapsack_rollouts(
     return _most_valuable(success_rate, gained, num_generations, num_generations_min, num_generations_max)
 
 
+def pilot_rollouts(num_prompts: int, num_generations_min: int, num_processes: int = 1) -> np.ndarray:
+    """
+    The first part of a batch's rollouts: of each prompt the minimum, and of the first ones another where the processes
+    could not share them evenly.
+
+    Args:
+        num_prompts (`int`): prompts of the batch.
+        num_generations_min (`int`): fewest rollouts of a prompt.
+        num_processes (`int`, *optional*, defaults to `1`): processes that sample as many rows each.
+
+    Returns:
+        `np.ndarray` of shape `(B,)` and dtype `int64`.
+
+    Example:
+
+    ```python
+    >>> pilot_rollouts(num_prompts=3, num_generations_min=4, num_processes=8)
+    array([6, 5, 5])
+
+    ```
+    """
+    total = -(-num_prompts * num_generations_min // num_processes) * num_processes
+    return total // num_prompts + (np.arange(num_prompts) < total % num_prompts)
+
+
+def commit_rollouts(
+    success_rate: np.ndarray, sampled: np.ndarray, num_generations: int, num_generations_max: int
+) -> np.ndarray:
+    r"""
+    Rollouts in all after a pilot: the rest goes, in equal parts, to prompts that the pilot has not always solved (its
+    rewards differ, or nothing was right yet), and to the others what these cannot take. After Pilot-Commit
+    (https://huggingface.co/papers/2605.26606), which differs: it puts prompts off or drops them, and its batches vary.
+
+    Args:
+        success_rate (`np.ndarray` of shape `(B,)`): share of the pilot that is right, NaN = not known.
+        sampled (`np.ndarray` of shape `(B,)`): [`pilot_rollouts`].
+        num_generations (`int`): mean number of rollouts per prompt, \\( G \\).
+        num_generations_max (`int`): most rollouts of a prompt.
+
+    Returns:
+        `np.ndarray` of shape `(B,)` and dtype `int64`: no less than `sampled`, \\( B \cdot G \\) in all.
+
+    Raises:
+        `ValueError`: if a bound or a success rate is out of range.
+
+    Example:
+
+    ```python
+    >>> commit_rollouts([1.0, 0.5, 0.0, 1.0], np.array([4, 4, 4, 4]), 8, 16)
+    array([ 4, 12, 12,  4])
+    >>> commit_rollouts([1.0, 0.5, 1.0, 1.0], np.array([4, 4, 4, 4]), 8, 16)
+    array([ 6, 16,  5,  5])
+
+    ```
+    """
+
+    def is_open(p_P1: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(p_P1 < 1, (len(p_P1), len(n_N))).astype(float)
+
+    return _most_valuable(success_rate, is_open, num_generations, sampled, num_generations_max)
+
+
 def _most_valuable(
     success_rate: np.ndarray,
     value_of_nth: Callable[[np.ndarray, np.ndarray], np.ndarray],
     num_generations: int,
-    num_generations_min: int,
+    num_generations_min: int | np.ndarray,
     num_generations_max: int,
 ) -> np.ndarray:
     """The rollouts that are worth most; each further one of a prompt is worth less than that before, or as much."""
-    check_bounds(num_generations, num_generations_min, num_generations_max)
+    check_bounds(num_generations, int(np.min(num_generations_min)), num_generations_max)
     rate_P = np.asarray(success_rate, dtype=np.float64)
     known_P = ~np.isnan(rate_P)
     if rate_P.ndim != 1 or not ((rate_P[known_P] >= 0) & (rate_P[known_P] <= 1)).all():
         raise ValueError("success_rate must have shape (B,) and lie in [0, 1], NaN = not known.")
     rate_P = np.where(known_P, rate_P, rate_P[known_P].mean() if known_P.any() else 0.5)
-    further_N = np.arange(num_generations_min + 1, num_generations_max + 1)
-    value_PN = value_of_nth(rate_P[:, None], further_N)
+    least_P = np.broadcast_to(num_generations_min, rate_P.shape)
+    further_N = np.arange(least_P.min() + 1, num_generations_max + 1)
+    value_PN = np.where(further_N > least_P[:, None], value_of_nth(rate_P[:, None], further_N), -np.inf)
     # Rollouts of equal value go round: the next of every prompt comes before the one after that of any.
     nth_PN, prompt_PN = np.broadcast_arrays(further_N, np.arange(len(rate_P))[:, None])
     best_first = np.lexsort((prompt_PN.ravel(), nth_PN.ravel(), -value_PN.ravel()))
-    remaining = len(rate_P) * (num_generations - num_generations_min)
+    remaining = len(rate_P) * num_generations - least_P.sum()
     chosen = prompt_PN.ravel()[best_first[:remaining]]
-    return num_generations_min + np.bincount(chosen, minlength=len(rate_P))
+    return least_P + np.bincount(chosen, minlength=len(rate_P))
 
 
 SUCCESS_RULES: dict[str, Rule] = {"variance": minimum_variance_rollouts, "knapsack": knapsack_rollouts}
+# Those that split a batch before it is sampled; "pilot" does not know yet.
 RULES = ["uniform", "rank", *SUCCESS_RULES]
 
 
@@ -127,8 +191,8 @@ def load_rule(name: str) -> Rule:
         rule = dotted_path.load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"rollout_allocation is {name!r}, and there is no such rule ({error}). Set it to one of {RULES}, or to "
-            "the dotted path of a function, such as 'my_package.rules.my_rule'."
+            f"rollout_allocation is {name!r}, and there is no such rule ({error}). Set it to one of "
+            f"{[*RULES, 'pilot']}, or to the dotted path of a function, such as 'my_package.rules.my_rule'."
         ) from error
 
     def checked(success_rate: np.ndarray, num_generations: int, low: int, high: int) -> np.ndarray:

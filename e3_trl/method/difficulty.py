@@ -10,7 +10,7 @@ class DifficultyTracker:
 
     Prompts with equal means share the mean of their ranks (an index order would give equal prompts different budgets).
     A prompt that was never sampled has no difficulty (NaN) unless a starting one is given. Ranks change only in
-    [`DifficultyTracker.rerank`], once per pass.
+    [`DifficultyTracker.rerank`], in the paper once per pass.
 
     Args:
         num_prompts (`int`):
@@ -91,11 +91,17 @@ class DifficultyTracker:
         np.add.at(self.num_rollouts, prompt_ids_N[scored_N], 1)
         np.add.at(self.reward_sum, prompt_ids_N[scored_N], rewards_N[scored_N])
 
-    def rerank(self) -> None:
-        """Put new ranks in force. To be called after a full pass over the dataset."""
+    def rerank(self, ends_pass: bool = True) -> None:
+        """
+        Put new ranks in force.
+
+        Args:
+            ends_pass (`bool`, *optional*, defaults to `True`): whether a full pass over the dataset is over.
+        """
         mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
-        self.num_rollouts *= self.decay
-        self.reward_sum *= self.decay
+        if ends_pass:
+            self.num_rollouts *= self.decay
+            self.reward_sum *= self.decay
         self.success_rate = np.clip(mean_reward, 0, 1)
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`

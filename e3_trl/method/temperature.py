@@ -172,6 +172,37 @@ class TemperatureSchedule:
         self._warmup_entropies = list(state_dict["warmup_entropies"])
 
 
+def spread_temperatures(
+    difficulty: np.ndarray, temperature: float, spread: float, temperature_min: float, temperature_max: float
+) -> np.ndarray:
+    r"""
+    Temperature of each prompt: \\( \tau (1 + s (k - 1/2)) \\), clamped, so that hard prompts are sampled hotter and
+    easy ones cooler. Not in E3, whose Limitations ask for it.
+
+    Args:
+        difficulty (`np.ndarray`): \\( k \\) in (0, 1], NaN = not known: then \\( \tau \\).
+        temperature (`float`): \\( \tau \\).
+        spread (`float`): \\( s \\), 0 = \\( \tau \\) for all.
+        temperature_min (`float`): lower clamp.
+        temperature_max (`float`): upper clamp.
+
+    Returns:
+        `np.ndarray` of the shape of `difficulty`.
+
+    Example:
+
+    ```python
+    >>> spread_temperatures(np.array([0.1, 0.5, 1.0, np.nan]), 1.2, 0.5, 0.1, 1.4).tolist()
+    [0.96, 1.2, 1.4, 1.2]
+
+    ```
+    """
+    if spread == 0:
+        return np.full(difficulty.shape, temperature)
+    known = np.where(np.isnan(difficulty), 0.5, difficulty)
+    return np.clip(temperature * (1 + spread * (known - 0.5)), temperature_min, temperature_max)
+
+
 @dataclass
 class EntropyWindow:
     """

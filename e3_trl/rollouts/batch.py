@@ -15,7 +15,7 @@ PROMPT_ID = "e3_prompt_id"
 @dataclass
 class Round:
     """
-    One call for completions. A batch has one, with dynamic sampling several.
+    One call for completions. A batch has one, with dynamic sampling or a pilot several.
 
     Args:
         prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all processes.
@@ -43,7 +43,11 @@ class GenerationBatch:
     Args:
         index (`int`): number of the generation batch in the run.
         process_index (`int`): rank of this process.
+        num_processes (`int`): processes that share the batch.
         rounds (`list[Round]`): the first holds the prompts that the batch begins with.
+        group_ids (`np.ndarray` of shape `(N,)`):
+            Group of each row that is trained on: its prompt's id, or with dynamic sampling that of the first round's
+            group at its place.
         indexed (`bool`): whether prompt ids are indices into the dataset; otherwise they number the groups of the run.
         defers_old_logps (`bool`): whether the log-probs that TRL computes of all rows, for the steps after the policy
             has changed, are computed later, and of the rows of those steps alone.
@@ -55,7 +59,9 @@ class GenerationBatch:
 
     index: int
     process_index: int
+    num_processes: int
     rounds: list[Round]
+    group_ids: np.ndarray
     indexed: bool = True
     defers_old_logps: bool = False
     owes_old_logps: bool = False
@@ -83,7 +89,13 @@ class GenerationBatch:
         else:
             num_groups = len(inputs) * accelerator.num_processes // num_generations
             prompt_ids = np.repeat(index * num_groups + np.arange(num_groups), num_generations)
-        return cls(index, accelerator.process_index, [Round(prompt_ids, examples)], indexed)
+        rounds = [Round(prompt_ids, examples)]
+        return cls(index, accelerator.process_index, accelerator.num_processes, rounds, prompt_ids, indexed)
+
+    def begin_with(self, prompt_ids: np.ndarray, dataset) -> None:
+        """Begin with these rows, which N have, in place of those that the dataloader brought."""
+        self.group_ids = prompt_ids
+        self.rounds = [self.make_round(prompt_ids, dataset)]
 
     @property
     def round(self) -> Round:
@@ -93,18 +105,22 @@ class GenerationBatch:
     @property
     def share(self) -> slice:
         """This process's rows among the N."""
-        size = len(self.rounds[0].examples)
+        return self.share_of(self.group_ids)
+
+    def share_of(self, rows: np.ndarray) -> slice:
+        """This process's part of rows of all processes."""
+        size = len(rows) // self.num_processes
         return slice(self.process_index * size, (self.process_index + 1) * size)
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """The prompts that the batch begins with, each once, in their order."""
+        return self.group_ids[np.flatnonzero(np.r_[True, self.group_ids[1:] != self.group_ids[:-1]])]
 
     @property
     def columns(self) -> list[str]:
         """Columns of the dataset that the examples have."""
         return list(self.rounds[0].examples[0])
-
-    @property
-    def group_ids(self) -> np.ndarray:
-        """Group of each row that is trained on, shape `(N,)`: the id of the first round's group at its place."""
-        return self.rounds[0].prompt_ids
 
     @property
     def sampled_ids(self) -> np.ndarray:
@@ -131,8 +147,8 @@ class GenerationBatch:
         return values if self.kept is None else values[self.kept]
 
     def make_round(self, prompt_ids: np.ndarray, dataset) -> Round:
-        """A round with other prompts of the dataset, one for each of the N rows."""
-        return Round(prompt_ids, read_examples(dataset, prompt_ids[self.share], self.columns))
+        """A round with these prompts of the dataset, one for each of its rows, of which all processes have as many."""
+        return Round(prompt_ids, read_examples(dataset, prompt_ids[self.share_of(prompt_ids)], self.columns))
 
 
 def read_examples(dataset, prompt_ids: np.ndarray, columns: list[str]) -> list[dict]:

@@ -15,17 +15,16 @@ def select_prompts(trainer, batch: GenerationBatch) -> None:
 
     They keep the candidates' order: in the order of perplexity, the last process would always have the longest work.
     """
-    rows = batch.group_ids
-    candidates = rows[np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]])]
+    candidates = batch.prompt_ids
     num_processes = trainer.accelerator.num_processes
     share = np.resize(candidates, (num_processes, -(-len(candidates) // num_processes)))[batch.process_index]
     perplexity = trainer.accelerator.gather(_perplexity(trainer, share))
     perplexity = perplexity[: len(candidates)].float().cpu().numpy()
     progress = trainer.state.global_step / trainer.state.max_steps
-    chosen = np.sort(select_by_perplexity(perplexity, len(rows) // trainer.num_generations, progress))
+    chosen = np.sort(select_by_perplexity(perplexity, len(batch.group_ids) // trainer.num_generations, progress))
     trainer.add_metric("prompt_perplexity/candidates", float(perplexity.mean()))
     trainer.add_metric("prompt_perplexity/selected", float(perplexity[chosen].mean()))
-    batch.rounds = [batch.make_round(trainer._train_sampler.rows(candidates[chosen]), trainer.train_dataset)]
+    batch.begin_with(trainer._train_sampler.rows(candidates[chosen]), trainer.train_dataset)
 
 
 def _perplexity(trainer, prompt_ids: np.ndarray) -> torch.Tensor:

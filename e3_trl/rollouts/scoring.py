@@ -51,7 +51,8 @@ def score_rows(trainer, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
         torch.cat([rows[f"prompt_{name}"], rows[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
     )
     images = {name: rows[name] for name in IMAGES if rows.get(name) is not None}
-    return score(trainer, tokens, attended, rows["completion_ids"].size(1), **images)
+    with trainer.row_temperatures.at(rows.get("temperature")):
+        return score(trainer, tokens, attended, rows["completion_ids"].size(1), **images)
 
 
 def loss_mask(rows: dict) -> torch.Tensor:
@@ -106,13 +107,14 @@ def scoring_pass(
     first_scored = input_ids.size(1) - num_tokens
     for rows in order.split(batch_size):
         start, end = attended_columns(trainer, attention_mask[rows], num_tokens)
-        outputs = trainer._get_per_token_logps_and_entropies(
-            model,
-            input_ids[rows, start:end],
-            attention_mask[rows, start:end],
-            end - first_scored,
-            compute_entropy=compute_entropy,
-        )
+        with trainer.row_temperatures.of(rows):
+            outputs = trainer._get_per_token_logps_and_entropies(
+                model,
+                input_ids[rows, start:end],
+                attention_mask[rows, start:end],
+                end - first_scored,
+                compute_entropy=compute_entropy,
+            )
         outputs = [output for output in outputs if output is not None]
         if not scored:
             scored = [output.new_zeros(len(order), num_tokens) for output in outputs]

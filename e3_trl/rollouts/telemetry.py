@@ -34,7 +34,9 @@ class RolloutLog:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(temporary, self.path)
 
-    def append(self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: float) -> None:
+    def append(
+        self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: np.ndarray
+    ) -> None:
         """
         Write a generation batch, one row per prompt.
 
@@ -42,7 +44,7 @@ class RolloutLog:
             step (`int`): the optimizer step that first trains on the batch.
             counts (`dict`): its [`rollout_counts`].
             difficulty (`np.ndarray` of shape `(P,)`): the ranks that its budgets came from.
-            temperature (`float`): the temperature it was sampled at.
+            temperature (`np.ndarray` of shape `(P,)`): the temperatures that it was sampled at.
         """
         columns = [counts[name].tolist() for name in ("prompt_id", "rollouts", "correct", "tokens")]
         known = [None if math.isnan(value) else value for value in difficulty.tolist()]
@@ -55,11 +57,13 @@ class RolloutLog:
                     "correct": correct,
                     "tokens": tokens,
                     "difficulty": value,
-                    "temperature": temperature,
+                    "temperature": of_prompt,
                 }
             )
             + "\n"
-            for prompt_id, rollouts, correct, tokens, value in zip(*columns, known, strict=True)
+            for prompt_id, rollouts, correct, tokens, value, of_prompt in zip(
+                *columns, known, temperature.tolist(), strict=True
+            )
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
@@ -134,8 +138,8 @@ def log_rollouts(trainer, batch: GenerationBatch) -> None:
     for name, value in rollout_metrics(counts).items():
         trainer.add_metric(name, value)
     if trainer.accelerator.is_main_process:
-        difficulty = trainer.difficulty_of(batch, counts["prompt_id"])
-        trainer.rollout_log.append(trainer.state.global_step + 1, counts, difficulty, trainer.temperature)
+        of_prompt = [method(batch, counts["prompt_id"]) for method in (trainer.difficulty_of, trainer.temperature_of)]
+        trainer.rollout_log.append(trainer.state.global_step + 1, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
 

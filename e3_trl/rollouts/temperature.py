@@ -1,8 +1,8 @@
-"""The one temperature of a run, and the places that it has to reach."""
+"""The one temperature of a run, the places that it has to reach, and how a row differs from it."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import trl
@@ -49,6 +49,74 @@ class LiveTemperature:
             self.set(before)
 
 
+class RowTemperatures:
+    """
+    Temperatures of rows that do not all have the trainer's. A row's last hidden states are scaled, and with them its
+    logits, whoever computes these: the fused LM head divides all rows by the one temperature, as `generate` does.
+
+    Args:
+        live ([`LiveTemperature`]): the temperature that the logits are divided by.
+
+    Attributes:
+        of_rows (`torch.Tensor` of shape `(B,)`, *optional*):
+            Temperatures of the rows that the model computes next, in one forward pass or in parts one after another.
+            `None` = the trainer's.
+    """
+
+    def __init__(self, live: LiveTemperature):
+        self.live = live
+        self.set(None)
+
+    def set(self, of_rows: torch.Tensor | None) -> None:
+        """The model computes these rows from now on."""
+        self.of_rows = of_rows
+        self._next = 0
+
+    @contextmanager
+    def at(self, of_rows: torch.Tensor | None) -> Iterator[None]:
+        """Inside, the model computes these rows."""
+        before = self.of_rows, self._next
+        self.set(of_rows)
+        try:
+            yield
+        finally:
+            self.of_rows, self._next = before
+
+    def of(self, rows: torch.Tensor) -> AbstractContextManager:
+        """Inside, the model computes these of the rows alone."""
+        return self.at(None if self.of_rows is None else self.of_rows[rows])
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """
+        Scale what the model's LM head gets.
+
+        Raises:
+            `ValueError`: if its logits are not in proportion to its hidden states.
+        """
+        model = _transformers_model(model)
+        softcapping = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None or softcapping is not None:
+            raise ValueError(
+                f"temperature_spread is above 0, and the LM head of {model.config._name_or_path} has a bias or a "
+                "softcap (final_logit_softcapping). Set temperature_spread to 0."
+            )
+        model.base_model.register_forward_hook(self._scale)
+
+    def _scale(self, module, args, output):
+        if self.of_rows is None:
+            return
+        hidden = output.last_hidden_state
+        of_rows = self.of_rows[self._next : self._next + len(hidden)]
+        self._next = (self._next + len(hidden)) % len(self.of_rows)
+        scale = self.live.value / of_rows.to(hidden.device)
+        output.last_hidden_state = (hidden.float() * scale[:, None, None]).to(hidden.dtype)
+
+
+def _transformers_model(model: torch.nn.Module) -> torch.nn.Module:
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def lm_head(model: torch.nn.Module) -> Receiver:
     """
     The fused LM head that TRL has put into `model.forward`, which computes log-probs and entropies.
@@ -56,8 +124,7 @@ def lm_head(model: torch.nn.Module) -> Receiver:
     It reads the temperature from a closure, whose cell can be set at any time, whatever wraps the forward later.
     Another fused head would be nested in the first.
     """
-    model = extract_model_from_parallel(model)
-    forward = (model.get_base_model() if isinstance(model, PeftModel) else model).forward
+    forward = _transformers_model(model).forward
 
     def reads_temperature(function) -> bool:
         return "temperature" in getattr(getattr(function, "__code__", None), "co_freevars", ())
@@ -99,6 +166,8 @@ def connect(temperature: LiveTemperature, trainer) -> None:
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             temperature.send_to(lm_head(model))
+            if trainer.args.temperature_spread > 0:
+                trainer.row_temperatures.attach(model)
     if trainer.use_vllm:
         temperature.send_to(engine(trainer.vllm_generation))
     else:

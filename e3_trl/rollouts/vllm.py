@@ -138,6 +138,7 @@ class RolloutGeneration(VLLMGeneration):
     seed_requests: bool = False
     _text_is_read: bool = True
     _seeds: EngineSeeds | None = None
+    _temperatures: list[float] | None = None
     _server_error: str | None = None
 
     @classmethod
@@ -161,23 +162,28 @@ class RolloutGeneration(VLLMGeneration):
         return generation
 
     @contextmanager
-    def seeded(self, key: list[int], prompt_ids: np.ndarray | None = None) -> Iterator[None]:
+    def seeded(
+        self, key: list[int], prompt_ids: np.ndarray | None = None, temperatures: np.ndarray | None = None
+    ) -> Iterator[None]:
         """
         Inside, the calls of a colocated engine are seeded, also those that a rollout function makes. TRL and rollout
-        functions call the engine themselves, and hand it no seeds.
+        functions call the engine themselves, and hand it no seeds, and one temperature.
 
         Args:
             key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
             prompt_ids (`np.ndarray` of shape `(N,)`, *optional*): prompt of each row, over all ranks.
+            temperatures (`np.ndarray` of shape `(N,)`, *optional*): temperature of each row, if they differ.
         """
         # Processes that share an engine share its rows.
         engine = self.accelerator.process_index // self.tensor_parallel_size
         num_engines = self.accelerator.num_processes // self.tensor_parallel_size
         self._seeds = EngineSeeds(key, engine, num_engines, prompt_ids)
+        if temperatures is not None:
+            self._temperatures = np.split(temperatures, num_engines)[engine].tolist()
         try:
             yield
         finally:
-            self._seeds = None
+            self._seeds = self._temperatures = None
 
     def _generate_merged(self, prompts, sampling_params, **kwargs):
         # What a rollout function asks for in another form than TRL's is left as it is.
@@ -193,17 +199,24 @@ class RolloutGeneration(VLLMGeneration):
                 whole_call = seeded_engine(call_seed, self.accelerator.device)
         if is_merged:
             detokenize = sampling_params.detokenize and (self._text_is_read or needs_text(sampling_params))
-            prompts, sampling_params = self._merge(prompts, sampling_params, seeds, detokenize)
+            prompts, sampling_params = self._merge(prompts, sampling_params, seeds, detokenize, self._temperatures)
         with whole_call:
             return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
 
     @staticmethod
-    def _merge(prompts: list[dict], params, seeds: list[int] | None, detokenize: bool) -> tuple[list[dict], list]:
-        """Requests in place of neighbouring rows with the same prompt and, where they have any, consecutive seeds."""
+    def _merge(
+        prompts: list[dict], params, seeds: list[int] | None, detokenize: bool, temperatures: list[float] | None
+    ) -> tuple[list[dict], list]:
+        """
+        Requests in place of neighbouring rows with the same prompt and temperature and, where they have any,
+        consecutive seeds.
+        """
+        if temperatures is None:
+            temperatures = [params.temperature] * len(prompts)
 
         def request(row: int):
             offset = None if seeds is None else seeds[row] - row
-            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset
+            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset, temperatures[row]
 
         merged_prompts, merged_params = [], []
         for _, group in groupby(range(len(prompts)), key=request):
@@ -212,6 +225,7 @@ class RolloutGeneration(VLLMGeneration):
             merged_params.append(params.clone())
             merged_params[-1].n = 1 + len(copies)
             merged_params[-1].seed = None if seeds is None else seeds[first]
+            merged_params[-1].temperature = temperatures[first]
             merged_params[-1].detokenize = detokenize
         return merged_prompts, merged_params
 

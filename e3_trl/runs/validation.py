@@ -60,6 +60,9 @@ def check_run(
         "dynamic_sampling": args.dynamic_sampling,
         "prompt_selection_ratio": args.prompt_selection_ratio < 1,
         "entropy_weighting": args.entropy_weighting,
+        "rollout_allocation": args.rollout_allocation == "pilot",
+        "rerank_every": args.rerank_batches is not None,
+        "temperature_spread": args.temperature_spread > 0,
     }
     for name, is_set in text_only.items():
         if is_set and (not sized or not fixed_columns or tools or images):

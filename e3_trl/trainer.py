@@ -251,7 +251,7 @@ class E3GRPOTrainer(GRPOTrainer):
         with self._generation_batch(inputs) as batch:
             if self.args.prompt_selection_ratio < 1:
                 select_prompts(self, batch)
-            elif self._train_sampler.num_candidates is not None:
+            elif batch.indexed and self._train_sampler.num_candidates is not None:
                 batch.begin_with(self._train_sampler.rows(batch.prompt_ids), self.train_dataset)
             with without_old_logps(self, batch):
                 # `_generate` samples and keeps what is trained on; `_calculate_rewards` scores.

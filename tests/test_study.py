@@ -43,6 +43,9 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     assert found["runs"]["rules"]["e3"]["0"]["rollouts"] == 8 * 128
     # Of one seed there is no interval.
     assert found["difference_to_grpo"]["rules"] == {}
+    # Where the runs are gone, what was reported of them stays.
+    report.main(report.Arguments(study_dir=str(tmp_path / "gone"), **folders))
+    assert json.loads((tmp_path / "results" / "study.json").read_text()) == found
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["study_pass_at_k.png"]
 
 

@@ -4,7 +4,9 @@ What the study found: one table, two figures, and the numbers behind them.
     python -m benchmarks.study.report [--study_dir outputs/study]
 
 Writes `study.json` (every number of every seed), `study.md` (the tables), `study_pass_at_k.png` and
-`study_differences.png`. It can be run while the study runs: what is there is reported, with the number of seeds.
+`study_differences.png`. It can be run while the study runs: what is there is reported, with the number of seeds. A
+task that is not in the folder stays as `study.json` has it. Within a task nothing is mixed: on another processor the
+same seed gives another base model, and a difference to GRPO is between runs from the same one.
 """
 
 import json
@@ -118,6 +120,15 @@ def read_task(folder: Path, levels: list[str]) -> dict[str, dict[int, dict]]:
         for method, run in runs.items():
             numbers.setdefault(method, {})[seed] = measure(run, base, levels, goal)
     return numbers
+
+
+def read_results(path: Path, task: str) -> dict[str, dict[int, dict]]:
+    """[`read_task`]'s numbers as they were written to `study.json`; empty if they were not."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    return {
+        method: {int(seed): numbers for seed, numbers in of_method.items()}
+        for method, of_method in runs.get(task, {}).items()
+    }
 
 
 def compare(of_method: dict[int, dict], of_grpo: dict[int, dict]) -> dict[str, dict]:
@@ -246,9 +257,12 @@ def main(args: Arguments) -> None:
     tasks, comparisons, costs = {}, {}, {}
     text = "# The study\n\nMade by `python -m benchmarks.study.report`; what the columns mean stands at the end.\n\n"
     study = read_study(str(STUDY))
+    results, figures = Path(args.results_dir), Path(args.figures_dir)
     for task, of_task in study["tasks"].items():
         levels = list(dotted_path.load(of_task["task"]).levels)
         numbers = read_task(Path(args.study_dir) / task, levels)
+        if "grpo" not in numbers:
+            numbers = read_results(results / "study.json", task)
         if "grpo" not in numbers:
             continue
         tasks[task] = numbers = {m: numbers[m] for m in ["base", *study["methods"]] if m in numbers}
@@ -258,7 +272,6 @@ def main(args: Arguments) -> None:
         comparisons[task] = {m: compare(numbers[m], grpo) for m in compared}
         costs[task] = {m: cost(numbers[m], grpo) for m in numbers if m != "base"}
         text += table(TITLES.get(task, task), numbers, comparisons[task], costs[task]) + "\n"
-    results, figures = Path(args.results_dir), Path(args.figures_dir)
     for folder in (results, figures):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(results / "study.json", {"runs": tasks, "difference_to_grpo": comparisons, "cost": costs})

@@ -18,14 +18,12 @@ from datasets import load_dataset
 from transformers import HfArgumentParser, PrinterCallback
 
 from benchmarks.study.run import NUM_SAMPLES, STUDY, count_correct, read_study
-from benchmarks.study.tasks import SumTask
-from e3_trl import E3GRPOConfig, E3GRPOTrainer, TemperatureCallback, TemperatureSchedule
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, TemperatureCallback, TemperatureSchedule, dotted_path
 from e3_trl.runs.describe import write_json
 from recipes.quickstart.prepare import make_base
-from recipes.quickstart.task import RuleTask
 
 
-VOCAB_SIZES = {"16": SumTask, "64": RuleTask, "1024": RuleTask}
+VOCAB_SIZES = {"16": "sums", "64": "rules", "1024": "rules"}  # and the study's task for it
 NUM_SPECIAL = 3
 REAL = 151_936
 NUM_BATCHES = 54
@@ -62,8 +60,7 @@ def train(base: Path, task, folder: Path, seed: int, smoothing: float | None = N
     """A run of the study's E3."""
     settings = {k: v for k, v in read_study(str(STUDY))["settings"].items() if not k.startswith("eval")}
     settings |= {"output_dir": str(folder), "seed": seed, "max_completion_length": task.max_completion_length}
-    settings |= {"beta": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    config = E3GRPOConfig(**settings | {"disable_tqdm": True} | changes)
+    config = E3GRPOConfig(**settings | changes)
     data = load_dataset("json", data_files=str(base / "train.jsonl"), split="train")
     trainer = E3GRPOTrainer(str(base), task.reward, config, data)
     trainer.remove_callback(PrinterCallback)
@@ -84,10 +81,11 @@ def main(args: Arguments) -> None:
     results: dict = {"gain": {}, "target_noise": {}, "runs": {}}
     for size in [*map(int, VOCAB_SIZES), REAL]:
         results["gain"][str(size)] = 1 / (math.log(size) + math.log(math.log(size)))
-    for size, task_class in VOCAB_SIZES.items():
+    for size, name_of_task in VOCAB_SIZES.items():
+        of_task = read_study(str(STUDY))["tasks"][name_of_task]
         noise, runs = [], {"as it is": [], "smoothed": []}
         for seed in range(args.seeds):
-            task = task_class(seed)
+            task = dotted_path.load(of_task["task"])(seed)
             # One token each that no text has.
             unused = int(size) - NUM_SPECIAL - len(task.characters)
             task.characters += "".join(chr(0x4E00 + index) for index in range(unused))
@@ -95,8 +93,7 @@ def main(args: Arguments) -> None:
             base = folder / "base"
             if not (base / "model.safetensors").exists():
                 set_seed(seed)
-                problems = {"train": 18, "test": 8} if task_class is RuleTask else {"train": 150, "test": 48}
-                make_base(task, base, seed, 800, problems)
+                make_base(task, base, seed, of_task["steps"], of_task["problems"])
             still = train(base, task, folder / "still", seed, learning_rate=0.0, max_steps=NUM_BATCHES,
                           temperature_schedule="constant", rollout_allocation="uniform")  # fmt: skip
             entropies = log_of(still, "entropy")

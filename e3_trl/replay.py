@@ -182,6 +182,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--figure", help="where to draw the budgets")
     parser.add_argument("--output", help="where to write the numbers, as JSON")
     args = parser.parse_args(arguments)
+    if "pilot" in args.rules:
+        parser.error("rules has 'pilot', which follows first rewards that the run did not see. Leave it out.")
     run = Path(args.run)
     if not run.exists():
         parser.error(f"{run} is not there. Name a run's folder, or its rollouts.jsonl.")

@@ -1,6 +1,7 @@
 """What other budget rules would have given, from `rollouts.jsonl` alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -75,6 +76,10 @@ def test_the_command(make_trainer, tmp_path, capsys):
     assert results["uniform"] != results["as it was"]
     assert "with a signal" in capsys.readouterr().out
     assert (tmp_path / "a.png").stat().st_size > 0
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "nowhere")])
-    assert "nowhere is not there. Name" in capsys.readouterr().err
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "nowhere is not there. Name"),
+        ([folder, "--rules", "rank", "pilot"], "'pilot'.*Leave it out"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert re.search(message, capsys.readouterr().err)

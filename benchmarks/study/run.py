@@ -135,12 +135,6 @@ def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
         output_dir=str(folder),
         seed=job.seed,
         max_completion_length=task.max_completion_length,
-        beta=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
         **settings,
     )
     data = {name: str(base / f"{name}.jsonl") for name in ("train", "test")}

@@ -1,20 +1,41 @@
 """E3 (Efficiency and Exploration in RL for LLMs, https://huggingface.co/papers/2505.18573) as a TRL trainer."""
 
-from .callbacks import TemperatureCallback
-from .config import E3GRPOConfig
-from .evaluation.metrics import pass_at_k
-from .method.advantages import group_advantages
-from .method.budget import RolloutBudgetSchedule, allocate_rollouts
-from .method.difficulty import DifficultyTracker
-from .method.temperature import TemperatureSchedule
-from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
-from .rollouts.sampler import RolloutBudgetSampler
-from .rollouts.telemetry import read_rollouts
-from .trainer import E3GRPOTrainer
+import importlib
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .callbacks import TemperatureCallback
+    from .config import E3GRPOConfig
+    from .evaluation.metrics import pass_at_k
+    from .method.advantages import group_advantages
+    from .method.budget import RolloutBudgetSchedule, allocate_rollouts
+    from .method.difficulty import DifficultyTracker
+    from .method.temperature import TemperatureSchedule
+    from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
+    from .rollouts.sampler import RolloutBudgetSampler
+    from .rollouts.telemetry import read_rollouts
+    from .trainer import E3GRPOTrainer
 
 __version__ = "0.1.0"
 
+# Loaded when they are asked for, as in TRL: the trainer takes many seconds where vLLM is installed, and what reads a
+# run, or splits rollouts, does not need it.
+_MODULES = {
+    "DifficultyTracker": "method.difficulty",
+    "E3GRPOConfig": "config",
+    "E3GRPOTrainer": "trainer",
+    "RolloutBudgetSampler": "rollouts.sampler",
+    "RolloutBudgetSchedule": "method.budget",
+    "TemperatureCallback": "callbacks",
+    "TemperatureSchedule": "method.temperature",
+    "allocate_rollouts": "method.budget",
+    "group_advantages": "method.advantages",
+    "math_accuracy_reward": "rewards",
+    "math_reasoning_accuracy_reward": "rewards",
+    "pass_at_k": "evaluation.metrics",
+    "read_rollouts": "rollouts.telemetry",
+}
 __all__ = [
     "DifficultyTracker",
     "E3GRPOConfig",
@@ -30,3 +51,14 @@ __all__ = [
     "pass_at_k",
     "read_rollouts",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

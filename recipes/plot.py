@@ -11,10 +11,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import apply_chat_template, is_conversational
 
 from e3_trl.runs.figures import draw_formula, draw_runs
 
@@ -24,9 +20,14 @@ NUM_PROMPTS = 16
 NUM_DISTRIBUTIONS = 256
 
 
-@torch.inference_mode()
 def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np.ndarray:
     """Logits at tokens that the model samples at temperature 1, of shape (T, V)."""
+    # Runs are drawn without a model.
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import apply_chat_template, is_conversational
+
     set_seed(0)
     if not Path(prompts_file).is_file():
         raise ValueError(f"There is no file {prompts_file!r} with prompts. Name one with --prompts.")

@@ -15,7 +15,7 @@ from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from e3_trl import E3GRPOConfig, E3GRPOTrainer
+from e3_trl import E3GRPOConfig
 from e3_trl.rewards import REWARD_FUNCS, load_reward_func
 from e3_trl.runs.publishing import FIGURES, check_hub_access, publish
 
@@ -77,6 +77,8 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
     for name, split in splits.items():
         if split not in dataset:
             raise ValueError(f"{name} is {split!r}, but the dataset has only {list(dataset)}. Set it to one of them.")
+    from e3_trl import E3GRPOTrainer  # which takes many seconds where vLLM is installed
+
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from transformers import Trainer
+from transformers import trainer as transformers_trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
 from e3_trl import E3GRPOTrainer
+from e3_trl.runs import checkpoint
 
 
 def test_version_is_the_tested_one():
@@ -28,6 +30,13 @@ def test_version_is_the_tested_one():
         assert installed in requirement.specifier, (
             f"{requirement.name} is {installed}. Run the whole suite with it, then widen setup.cfg."
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["PREFIX_CHECKPOINT_DIR", "SAFE_WEIGHTS_INDEX_NAME", "SAFE_WEIGHTS_NAME", "TRAINER_STATE_NAME"]
+)
+def test_a_checkpoints_files_have_the_names_that_are_read(name):
+    assert getattr(checkpoint, name) == getattr(transformers_trainer, name)
 
 
 @pytest.mark.parametrize(

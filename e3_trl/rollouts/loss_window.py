@@ -7,7 +7,6 @@ import torch
 from ..method.importance import importance_sampling_ratio
 from .micro_batches import planned_steps, shared_steps
 from .scoring import is_planned, loss_mask, needs_old_logps, score_rows
-from .telemetry import log_engine_health
 
 
 # What TRL logs per micro-batch as a mean over its tokens, of which rows that are left out have the value 0.
@@ -113,7 +112,7 @@ class LossWindow:
         if ends_window:
             self._trained, self._left_out = [], []
         if ends_step:  # also where TRL's micro-batches stay: the largest of all is not the mean of each one's largest
-            log_engine_health(trainer, self._differences, self._ratios)
+            _log_engine_health(trainer, self._differences, self._ratios)
             self._differences, self._ratios = [], []
         if loss is None:  # its backward pass reaches no parameter; it has one, which DeepSpeed asks for
             return torch.zeros((), device=trainer.accelerator.device, requires_grad=True).clone()
@@ -150,3 +149,27 @@ def _sums(mask: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor) -> t
     """Rows, tokens, and the sums of entropies and of minus log-probs over the tokens, shape `(4,)`."""
     sums = [(values * mask).sum(dtype=torch.float32) for values in (entropies, -logps)]
     return torch.stack([mask.new_tensor(len(mask)).float(), mask.sum().float(), *sums])
+
+
+def _log_engine_health(trainer, differences: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
+    """
+    Log how far vLLM, which sampled, is from the model that trains, over all processes.
+
+    Args:
+        trainer ([`E3GRPOTrainer`]): the trainer.
+        differences (`list[torch.Tensor]`): absolute differences of the tokens' log-probs, NaN = unknown. Empty if no
+            completions were compared.
+        ratios (`list[torch.Tensor]`): importance sampling ratios of tokens or sequences. Empty without the correction.
+    """
+    for name, tensors in (("sampling_logp_difference", differences), ("importance_sampling_ratio", ratios)):
+        if not tensors:
+            continue
+        values = torch.cat(tensors).float()
+        values = values[~values.isnan()]
+        smallest, largest = values.aminmax() if len(values) else (values.new_tensor(0.0),) * 2
+        local = torch.stack([values.sum(), values.new_tensor(float(len(values))), smallest, largest])
+        total, count, smallest, largest = trainer.accelerator.gather(local).view(-1, 4).unbind(dim=1)
+        logged = {"mean": total.sum() / count.sum().clamp(min=1), "min": smallest.min(), "max": largest.max()}
+        for statistic, value in logged.items():
+            if (name, statistic) != ("sampling_logp_difference", "min"):
+                trainer.add_metric(f"sampling/{name}/{statistic}", value.item())

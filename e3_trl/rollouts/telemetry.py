@@ -4,11 +4,13 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from .batch import GenerationBatch
+
+if TYPE_CHECKING:
+    from .batch import GenerationBatch
 
 
 FILE_NAME = "rollouts.jsonl"
@@ -131,7 +133,7 @@ def rollout_metrics(counts: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def log_rollouts(trainer, batch: GenerationBatch) -> None:
+def log_rollouts(trainer, batch: "GenerationBatch") -> None:
     """Log what was sampled, whether it is trained on or not, and count it towards difficulty."""
     correctness = batch.rewards[:, trainer.difficulty_reward_index].cpu().numpy()
     counts = rollout_counts(batch.sampled_ids, correctness, batch.lengths.cpu().numpy())
@@ -142,27 +144,3 @@ def log_rollouts(trainer, batch: GenerationBatch) -> None:
         trainer.rollout_log.append(trainer.state.global_step + 1, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
-
-
-def log_engine_health(trainer, differences: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
-    """
-    Log how far vLLM, which sampled, is from the model that trains, over all processes.
-
-    Args:
-        trainer ([`E3GRPOTrainer`]): the trainer.
-        differences (`list[torch.Tensor]`): absolute differences of the tokens' log-probs, NaN = unknown. Empty if no
-            completions were compared.
-        ratios (`list[torch.Tensor]`): importance sampling ratios of tokens or sequences. Empty without the correction.
-    """
-    for name, tensors in (("sampling_logp_difference", differences), ("importance_sampling_ratio", ratios)):
-        if not tensors:
-            continue
-        values = torch.cat(tensors).float()
-        values = values[~values.isnan()]
-        smallest, largest = values.aminmax() if len(values) else (values.new_tensor(0.0),) * 2
-        local = torch.stack([values.sum(), values.new_tensor(float(len(values))), smallest, largest])
-        total, count, smallest, largest = trainer.accelerator.gather(local).view(-1, 4).unbind(dim=1)
-        logged = {"mean": total.sum() / count.sum().clamp(min=1), "min": smallest.min(), "max": largest.max()}
-        for statistic, value in logged.items():
-            if (name, statistic) != ("sampling_logp_difference", "min"):
-                trainer.add_metric(f"sampling/{name}/{statistic}", value.item())

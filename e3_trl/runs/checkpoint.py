@@ -16,19 +16,23 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
 import safetensors.torch
 import torch
-from datasets import Dataset
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..rollouts.telemetry import FILE_NAME as ROLLOUTS_FILE
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# As in transformers, whose modules take seconds to import: who draws a run need not wait for a trainer.
+PREFIX_CHECKPOINT_DIR = "checkpoint"
+SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 STATE_FILE = "e3_state.json"
 DIFFICULTY_FILE = "e3_difficulty.safetensors"
 WINDOW_FILE = "e3_generation_window_{process_index}.safetensors"
@@ -36,7 +40,7 @@ RUN_FILE = "run.json"
 EARLIER = "_earlier"  # transformers pushes no folder whose name begins so
 
 
-def dataset_fingerprint(dataset: Dataset) -> str:
+def dataset_fingerprint(dataset: "Dataset") -> str:
     """
     SHA-256 of the prompts in their order: the ids under which difficulty is kept mean nothing with others. Of the data
     as they are stored: no transform is called, no image decoded, and another process finds the same.

@@ -13,11 +13,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-from trl import GRPOConfig
-
 from ..scrub import without_secrets
-from .checkpoint import last_complete_checkpoint
+from .checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
 
 
 ARGS_FILE = "training_args.json"
@@ -38,6 +35,8 @@ def describe_run(trainer) -> None:
     Args:
         trainer ([`E3GRPOTrainer`]): the trainer. Its arguments do not say what model and what data it was given.
     """
+    from trl import GRPOConfig  # which a reader of runs need not wait for
+
     folder, args, state = Path(trainer.args.output_dir), trainer.args, trainer.state
     origin = without_secrets(
         {

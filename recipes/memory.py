@@ -1,155 +1,16 @@
-"""
-GPU memory that each recipe of the paper's models needs, on paper: the table of recipes/README.md.
+"""GPU memory that a recipe needs, on paper: `e3-trl memory`. Without one, of those beside this file."""
 
-    python -m recipes.memory [--hub]
-
-Bytes per GPU. P parameters, of which P_t are trained; N GPUs; L layers of hidden size h, MLP size i and V tokens;
-R rows in a micro-batch and E = `per_device_eval_batch_size` in one of evaluation, each of S = `vllm_max_model_length`
-tokens, C = `max_completion_length` of them completion.
-
-- Full fine-tuning under ZeRO-3, by DeepSpeed's estimator: weights 2 P/N + 4 x the largest layer (gathered), gradients
-  4 P/N, optimizer 12 P/N (the float32 copy and Adam's two moments).
-- LoRA on one GPU: weights b P + 4 P_t with b bytes in `dtype`, gradients 4 P_t, optimizer 8 P_t.
-- Activations with checkpointing: 2 L R S h for the inputs of all layers; 2 x 2 R S (12 h + 4 i), one layer computed
-  again and as much for its gradients, with LoRA 6 h + i more for the adapters' inputs; 2 R S^2 for the mask.
-- Logits: TRL projects them tile by tile, so 2 x the tile and 4 R C h for the gradient; 4 V h more if the head is
-  trained.
-- Evaluation: all E rows in one forward pass without gradients; most is held in the MLP, E S (8 h + 6 i), with LoRA on
-  a float32 base E S (18 h + 8 i), and E S^2 for the mask.
-- vLLM: 2 P weights; 2 GiB for its own activations and CUDA graphs; what is left of `vllm_gpu_memory_utilization` is KV
-  cache, of which a sequence of S tokens takes 4 L S x key-value heads x head size.
-
-In sleep mode vLLM, training's activations and logits, and evaluation's forward pass are not there at once: the peak is
-the model's states and the largest of the three. That an evaluation samples all its prompts in one call changes nothing
-here: vLLM's KV cache has its size, and what does not fit waits. The completions are on the host.
-A recipe fits if that is at most 90% of the GPU; the rest is for CUDA's context, NCCL and fragmentation.
-"""
-
-import argparse
-import re
 from pathlib import Path
 
-import yaml
-from accelerate import init_empty_weights
-from accelerate.commands.config.config_args import load_config_from_file
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
-from trl import ModelConfig, get_peft_config
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+from e3_trl.commands.memory import main
 
 
+# The other baselines need what GRPO needs.
 RECIPES = sorted(
     path
-    for name in ("config_e3*.yaml", "config_grpo.yaml")  # the other baselines need what GRPO needs
+    for name in ("config_e3*.yaml", "config_grpo.yaml")
     for path in Path(__file__).parent.glob(f"DeepSeek-*/{name}")
 )
-# What CUDA reports of a GPU sold as so many GB: A100 and H100, A10 and L4 (with ECC).
-GPU_MEMORY = {80: 79 * 2**30, 24: 22 * 2**30}
-FITS = 0.9
-VLLM_OVERHEAD = 2 * 2**30
-COLUMNS = ["weights", "gradients", "optimizer", "activations", "logits", "evaluation", "vllm_weights", "kv_cache"]
-COLUMNS += ["peak"]
-
-
-def count_parameters(config, peft_config=None) -> dict[str, int]:
-    """Number of parameters: `total` of the model, `largest` of its modules, and `trained`."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"total": total, "largest": largest, "trained": trained}
-
-
-def elements_per_layer(config, lora: bool = False) -> int:
-    """Elements of 2 bytes that one layer keeps for its backward, per token, without the attention mask."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    return 12 * hidden + 4 * mlp + (6 * hidden + mlp if lora else 0)
-
-
-def evaluation_bytes_per_token(config, lora: bool = False) -> int:
-    """Most bytes that a forward pass without gradients holds, per token, without the attention mask."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    return 18 * hidden + 8 * mlp if lora else 8 * hidden + 6 * mlp
-
-
-def estimate(path: Path, hub: bool = False) -> dict[str, float]:
-    """
-    Memory per GPU of the recipe at `path`.
-
-    Args:
-        path (`Path`): the recipe; its first line says what it is for.
-        hub (`bool`, *optional*, defaults to `False`):
-            Whether to read the model's config from the Hub. Otherwise from `config.json` beside the recipe.
-
-    Returns:
-        `dict[str, float]`: bytes under the names of `COLUMNS`, and `gpu`; `sequences` = full-length sequences that the
-        KV cache holds.
-    """
-    text = path.read_text()
-    size, accelerate_config = re.search(r"of (\d+) GB: (accelerate_configs/\w+\.yaml)", text).groups()
-    recipe = yaml.safe_load(text)
-    launch = load_config_from_file(str(path.parents[2] / accelerate_config))
-    (model,) = HfArgumentParser(ModelConfig).parse_dict(recipe, allow_extra_keys=True)
-    config = AutoConfig.from_pretrained(model.model_name_or_path if hub else path.parent)
-    parameters = count_parameters(config, get_peft_config(model))
-    total, trained = parameters["total"], parameters["trained"]
-
-    memory = {"gpu": GPU_MEMORY[int(size)]}
-    if model.use_peft:
-        memory["weights"] = {"bfloat16": 2, "float32": 4}[model.dtype] * total + 4 * trained
-        memory["gradients"], memory["optimizer"] = 4 * trained, 8 * trained
-    else:
-        _, states, gathered = estimate_zero3_model_states_mem_needs(
-            total,
-            parameters["largest"],
-            num_gpus_per_node=launch.num_processes // launch.num_machines,
-            num_nodes=launch.num_machines,
-            cpu_offload=False,
-            cpu_offload_params=False,
-        )
-        share = (states - gathered) / 18
-        memory |= {"weights": gathered + 2 * share, "gradients": 4 * share, "optimizer": 12 * share}
-
-    rows, length = recipe["per_device_train_batch_size"], recipe["vllm_max_model_length"]
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    memory["activations"] = 2 * layers * rows * length * hidden
-    memory["activations"] += 4 * rows * length * elements_per_layer(config, model.use_peft) + 2 * rows * length**2
-    memory["logits"] = 2 * TOKEN_CHUNK_SIZE * _CHUNKED_LOGPROB_CHUNK_SIZE
-    memory["logits"] += 4 * rows * recipe["max_completion_length"] * hidden
-    memory["logits"] += 0 if model.use_peft else 4 * config.vocab_size * hidden
-
-    rows = recipe["per_device_eval_batch_size"]
-    memory["evaluation"] = rows * length * evaluation_bytes_per_token(config, model.use_peft) + rows * length**2
-
-    vllm = recipe["vllm_gpu_memory_utilization"] * memory["gpu"]
-    memory["vllm_weights"] = 2 * total / recipe["vllm_tensor_parallel_size"]
-    memory["kv_cache"] = vllm - memory["vllm_weights"] - VLLM_OVERHEAD
-    sequence = 4 * layers * length * config.num_key_value_heads * hidden // config.num_attention_heads
-    memory["sequences"] = memory["kv_cache"] * recipe["vllm_tensor_parallel_size"] / sequence
-    states = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    memory["peak"] = states + max(memory["activations"] + memory["logits"], memory["evaluation"], vllm)
-    return memory
-
-
-def table(hub: bool = False) -> str:
-    """The table, in Markdown, in GiB."""
-    lines = ["| recipe | " + " | ".join(COLUMNS).replace("vllm_", "vLLM ").replace("kv_", "KV ") + " | of the GPU |"]
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
-    for path in RECIPES:
-        memory = estimate(path, hub)
-        cells = [f"{memory[column] / 2**30:.1f}" for column in COLUMNS]
-        cells[COLUMNS.index("kv_cache")] += f" ({memory['sequences']:.0f})"
-        name = f"{path.parent.name.removeprefix('DeepSeek-R1-Distill-Qwen-')} {path.stem.removeprefix('config_')}"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {memory['peak'] / memory['gpu']:.0%} |")
-    return "\n".join(lines)
-
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the memory table of recipes/README.md.")
-    parser.add_argument("--hub", action="store_true", help="Read the models' configs from the Hub.")
-    print(table(parser.parse_args().hub))
+    main(default=RECIPES)

@@ -1,37 +1,6 @@
-"""
-Upload a finished run to the Hub, or complete an upload that failed.
+"""Upload a finished run to the Hub: `e3-trl push`."""
 
-    python recipes/push.py outputs/e3 [my-name/my-model] [--evaluation outputs/evaluation]
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-from e3_trl.runs.describe import REPORT_FILE, read_report, read_settings, write_json
-from e3_trl.runs.publishing import HubError, publish
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="the run's output_dir")
-    parser.add_argument(
-        "repo", nargs="?", help="name of the model repository (hub_model_id of the run, or the folder's name)"
-    )
-    parser.add_argument("--evaluation", help="output_dir of recipes/evaluate.py, for report.json and the card")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    args = parser.parse_args()
-    settings = read_settings(args.folder) or {}
-    repo = args.repo or settings.get("hub_model_id") or Path(args.folder).resolve().name
-    try:
-        if args.evaluation:
-            results = read_report(args.evaluation).get("benchmarks")
-            if not results:
-                raise ValueError(f"--evaluation is {args.evaluation}, which holds no report.json with benchmarks.")
-            write_json(Path(args.folder) / REPORT_FILE, {**read_report(args.folder), "benchmarks": results})
-        print(f"Uploaded: {publish(args.folder, repo, private=args.private)}")
-    except (HubError, ValueError) as error:
-        sys.exit(str(error))
+from e3_trl.commands.push import main
 
 
 if __name__ == "__main__":

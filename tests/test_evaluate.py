@@ -18,9 +18,9 @@ from rich import box
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
+from e3_trl.commands.evaluate import EvaluationArguments, compare_table, main
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
 from e3_trl.evaluation.problems import load_problems, mark_answer
-from recipes.evaluate import EvaluationArguments, compare_table, main
 
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,7 @@ def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monk
 KILLED = """
 import json, os, signal, sys
 from e3_trl.evaluation.completions import CompletionSampler
-from recipes.evaluate import EvaluationArguments, main
+from e3_trl.commands.evaluate import EvaluationArguments, main
 
 generate, calls = CompletionSampler._generate_copies, []
 

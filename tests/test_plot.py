@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from e3_trl import TemperatureSchedule
+from e3_trl.commands.plot import main
 from e3_trl.method.temperature import exact_temperature, mean_entropy
 from e3_trl.runs.describe import read_benchmarks
 from e3_trl.runs.figures import Run, draw_formula, draw_runs, group_runs
-from recipes.plot import main
 
 
 CURVES = {"entropy", "temperature", "all_wrong", "reward"}

@@ -15,9 +15,9 @@ from test_evaluate import enough_vowels, write_problems
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
+from e3_trl.commands.prepare_data import PreparationArguments, balance, drop_known, main, split
 from e3_trl.evaluation.completions import CompletionSampler
 from e3_trl.evaluation.problems import mark_answer, normalize_problem, problem_text
-from recipes.prepare_data import PreparationArguments, balance, drop_known, main, split
 
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +303,7 @@ def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
 )
 def test_mistakes_are_named_before_a_model_is_loaded(settings, change, message, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    monkeypatch.setattr("recipes.prepare_data.get_token", lambda: None)
+    monkeypatch.setattr("e3_trl.commands.prepare_data.get_token", lambda: None)
     with pytest.raises(ValueError, match=message):
         main(PreparationArguments(**settings | change))
 

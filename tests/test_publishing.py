@@ -17,10 +17,10 @@ from huggingface_hub import ModelCard, constants
 from trl import ModelConfig
 
 from e3_trl import E3GRPOConfig
+from e3_trl.commands.prepare_data import push as push_dataset
+from e3_trl.commands.train import E3ScriptArguments, main
 from e3_trl.runs.publishing import HubError, complete_model_card, publish
 from e3_trl.scrub import without_secrets
-from recipes.prepare_data import push as push_dataset
-from recipes.train import E3ScriptArguments, main
 
 
 ROOT = Path(__file__).parent.parent

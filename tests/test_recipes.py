@@ -18,10 +18,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Rot
 from trl import ModelConfig, TrlParser
 
 from e3_trl import E3GRPOConfig
-from recipes.evaluate import EvaluationArguments
-from recipes.plot import make_parser as make_plot_parser
-from recipes.prepare_data import PreparationArguments
-from recipes.train import E3ScriptArguments
+from e3_trl.commands.evaluate import EvaluationArguments
+from e3_trl.commands.plot import make_parser as make_plot_parser
+from e3_trl.commands.prepare_data import PreparationArguments
+from e3_trl.commands.train import E3ScriptArguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -176,9 +176,10 @@ def test_every_command_of_the_reproduction_is_understood(monkeypatch):
 
 def test_the_readme_has_the_table_that_the_script_prints_and_every_recipe_fits():
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
-    from recipes.memory import FITS, estimate, table
+    from e3_trl.commands.memory import FITS, estimate, table
+    from recipes.memory import RECIPES
 
-    assert table() in README, "Replace the table by what `python -m recipes.memory` prints."
+    assert table(RECIPES) in README, "Replace the table by what `python -m recipes.memory` prints."
     for path in PAPER:
         memory = estimate(path)
         assert memory["peak"] <= FITS * memory["gpu"]
@@ -187,7 +188,7 @@ def test_the_readme_has_the_table_that_the_script_prints_and_every_recipe_fits()
 
 def test_a_layer_keeps_the_activations_that_the_formula_says():
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
-    from recipes.memory import elements_per_layer
+    from e3_trl.commands.memory import elements_per_layer
 
     config = Qwen2Config(hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
     config._attn_implementation = "sdpa"
@@ -235,7 +236,7 @@ class LargestMemory(TorchDispatchMode):
 def test_an_evaluations_forward_pass_holds_what_the_formula_says(lora):
     """Evaluation was not in the table, and 16 rows of it are more than training needs on the GPU of 24 GB."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
-    from recipes.memory import evaluation_bytes_per_token
+    from e3_trl.commands.memory import evaluation_bytes_per_token
 
     config = Qwen2Config(
         hidden_size=128, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,

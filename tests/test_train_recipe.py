@@ -10,7 +10,7 @@ import yaml
 from conftest import make_dataset
 from transformers import AutoModelForCausalLM
 
-from recipes import train
+from e3_trl.commands import train
 
 
 ROOT = Path(__file__).parent.parent

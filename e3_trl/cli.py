@@ -1,0 +1,47 @@
+"""`e3-trl <command>`: what the scripts of `recipes/` do, wherever the package is installed."""
+
+import importlib
+import sys
+
+from . import __version__
+
+
+# Module, its function that takes the arguments, and what it does.
+COMMANDS = {
+    "train": ("commands.train", "run", "train a model with E3, or with a baseline"),
+    "evaluate": ("commands.evaluate", "run", "pass@1 and pass@k of models on benchmarks"),
+    "prepare-data": ("commands.prepare_data", "run", "make training data, with difficulties, from raw problems"),
+    "plot": ("commands.plot", "main", "draw the figures of runs"),
+    "push": ("commands.push", "main", "upload a finished run to the Hub"),
+    "replay": ("replay", "main", "what other budget rules would have given on a finished run"),
+    "memory": ("commands.memory", "main", "GPU memory that a recipe needs, on paper"),
+}
+
+
+def usage() -> str:
+    lines = [f"e3-trl {__version__}", "", "usage: e3-trl <command> ...   (e3-trl <command> --help says more)", ""]
+    return "\n".join([*lines, *(f"  {name:13} {text}" for name, (_, _, text) in COMMANDS.items())])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """
+    Run a command.
+
+    Args:
+        arguments (`list[str]`, *optional*): the command and its arguments. `None` = those of the process.
+    """
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(usage())
+    elif command == "--version":
+        print(__version__)
+    elif command not in COMMANDS:
+        sys.exit(f"There is no command {command!r}.\n\n{usage()}")
+    else:
+        module, function, _ = COMMANDS[command]
+        sys.argv = [f"e3-trl {command}", *rest]  # what --help shows
+        getattr(importlib.import_module(f".{module}", __package__), function)(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""
+Train a model with E3, or with one of its baselines: the recipe decides.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py --config recipes/<recipe>.yaml
+    e3-trl train --config my_recipe.yaml [--accelerate_config accelerate_configs/zero3_4gpu.yaml]
+
+The second trains in this process, or in those of an accelerate configuration. Every field of `E3ScriptArguments`,
+`E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on the command line, which wins.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import is_matplotlib_available
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from .. import E3GRPOConfig
+from ..rewards import REWARD_FUNCS, load_reward_func
+from ..runs.publishing import FIGURES, check_hub_access, publish
+from . import mistakes_named
+
+
+@dataclass
+class E3ScriptArguments(ScriptArguments):
+    """
+    Arguments of this script.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*, defaults to `["math_accuracy_reward"]`):
+            Reward functions: `math_accuracy_reward` (the last `\\boxed{}` counts, wherever it stands),
+            `math_reasoning_accuracy_reward` (only what follows `</think>`), one of TRL's (`accuracy_reward`,
+            `reasoning_accuracy_reward`, `think_format_reward`), or a dotted path such as
+            `my_package.rewards.my_reward`, looked up from the current folder too. The first is the correctness signal
+            unless `difficulty_reward_func` names another.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math_accuracy_reward"],
+        metadata={"help": f"Reward functions: any of {sorted(REWARD_FUNCS)}, or a dotted path."},
+    )
+
+
+def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
+    """The dataset on the Hub, in a local folder, or in a local parquet, JSON or JSON-lines file."""
+    if script_args.dataset_name is None:
+        raise ValueError("dataset_name is not set. Name a dataset on the Hub, or a local folder or file.")
+    path = Path(script_args.dataset_name)
+    files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
+    if script_args.dataset_train_split in files:
+        # What prepare_data.py writes. Loaded as a folder, its card would make datasets cache it by name, for ever.
+        return load_dataset("parquet", data_files=files, streaming=script_args.dataset_streaming)
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
+    if kind is None and path.is_file():
+        raise ValueError(f"dataset_name is {script_args.dataset_name!r}. Give a .parquet, .json or .jsonl file.")
+    if kind is None:
+        return load_dataset(
+            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    if not path.is_file():
+        raise ValueError(f"dataset_name is {script_args.dataset_name!r}, and there is no such file. Check the path.")
+    return load_dataset(kind, data_files=str(path), streaming=script_args.dataset_streaming)
+
+
+def make_trainer(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig):
+    """The [`E3GRPOTrainer`] that a recipe describes; `ValueError` if something in it is wrong."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
+    if training_args.hub_token is not None:
+        # transformers pickles the arguments beside the model, and that file is pushed.
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if training_args.push_to_hub and training_args.process_index == 0:
+        check_hub_access(repo_name(training_args), private=training_args.hub_private_repo)
+    dataset = load_data(script_args)
+    splits = {"dataset_train_split": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["dataset_test_split"] = script_args.dataset_test_split
+    for name, split in splits.items():
+        if split not in dataset:
+            raise ValueError(f"{name} is {split!r}, but the dataset has only {list(dataset)}. Set it to one of them.")
+    from ..trainer import E3GRPOTrainer  # which takes many seconds where vLLM is installed
+
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+    return E3GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[load_reward_func(name) for name in script_args.reward_funcs],
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def repo_name(training_args: E3GRPOConfig) -> str:
+    """Of the model repository that the run is for."""
+    return training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+
+
+def train(trainer, script_args: E3ScriptArguments) -> None:
+    """Train, save, draw the figures, write the card, and push what is to be pushed."""
+    training_args, repo_id = trainer.args, repo_name(trainer.args)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_state()
+    # Not `push_to_hub`, which a plain `save_model` also calls: the figures are to go with the model, in one commit.
+    trainer.save_model(training_args.output_dir, _internal_call=True)
+    # ZeRO-3 gathers weights ahead: a gather that is under way when its process ends, or that gloo's threads have not
+    # let go of, would abort it. So all wait until it is done, and once more while the figures are drawn.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero() and is_matplotlib_available():
+        from ..runs.figures import draw_runs
+
+        draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)
+    if training_args.push_to_hub and trainer.is_world_process_zero():
+        publish(training_args.output_dir, repo_id, revision=training_args.hub_revision)
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
+
+
+def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
+    train(make_trainer(script_args, training_args, model_args), script_args)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--accelerate_config" in arguments:
+        place = arguments.index("--accelerate_config")
+        rest = arguments[:place] + arguments[place + 2 :]
+        command = ["--config_file", *arguments[place + 1 : place + 2], "-m", __name__, *rest]
+        launch_command(launch_command_parser().parse_args(command))
+        return
+    with mistakes_named():
+        script_args, *others = make_parser().parse_args_and_config(arguments)
+        trainer = make_trainer(script_args, *others)
+    train(trainer, script_args)
+
+
+if __name__ == "__main__":
+    run()

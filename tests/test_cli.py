@@ -1,0 +1,163 @@
+"""`e3-trl`, from a wheel as from a clone; and what is loaded for what."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_dataset
+
+import e3_trl
+from e3_trl import __version__, cli
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd=ROOT, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+LOADED = [
+    ("import e3_trl", ["numpy", "torch"]),
+    ("from e3_trl import allocate_rollouts, pass_at_k, read_rollouts", ["pandas", "torch"]),
+    ("from e3_trl import DifficultyTracker, TemperatureSchedule", ["torch"]),
+    ("import e3_trl.replay, e3_trl.commands.plot", ["transformers", "trl"]),
+    # until a recipe has been understood
+    ("import e3_trl.commands.train", ["trl.trainer.grpo_trainer", "vllm"]),
+]
+
+
+def test_what_is_not_needed_is_not_loaded():
+    lines = ["import sys"]
+    for statement, not_loaded in LOADED:
+        lines += [statement, f"print([name for name in {not_loaded} if name in sys.modules])"]
+    done = run(sys.executable, "-c", "\n".join(lines))
+    found = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert found == ["[]"] * len(LOADED), done.stderr
+
+
+def test_everything_that_is_public_can_be_had():
+    assert set(e3_trl.__all__) <= set(dir(e3_trl))
+    assert all(getattr(e3_trl, name) is not None for name in e3_trl.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'E3Trainer'"):
+        _ = e3_trl.E3Trainer
+
+
+def test_commands_are_listed(capsys):
+    for arguments in ([], ["--help"]):
+        cli.main(arguments)
+        shown = capsys.readouterr().out
+        assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+    with pytest.raises(SystemExit, match="no command 'tain'(?s:.*)train"):
+        cli.main(["tain"])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare-data", "plot", "push", "replay", "memory"])
+def test_each_command_says_what_it_takes(command, capsys):
+    if command == "memory":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: e3-trl {command}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recipe(model_path, tmp_path):
+    """Write a recipe with these settings, and what it names."""
+    make_dataset().to_json(tmp_path / "train.jsonl")
+    settings = {
+        "model_name_or_path": model_path,
+        "dtype": "float32",
+        "dataset_name": "train.jsonl",
+        "reward_funcs": ["my_rewards.length"],
+        "bf16": False,
+        "max_completion_length": 8,
+        "max_steps": 2,
+        "num_generations": 4,
+        "output_dir": "run",
+        "per_device_train_batch_size": 16,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    reward = "def length(completions, **kwargs):\n    return [len(text) / 7 for text in completions]\n"
+    (tmp_path / "my_rewards.py").write_text(reward)
+
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generation": 4}, "ValueError: .*num_generation"),
+        ({"dataset_name": "nowhere.jsonl"}, "ValueError: dataset_name is 'nowhere.jsonl', and there is no such file"),
+        ({"num_generations_max": 3}, "ValueError: num_generations_max is 3"),
+        ({"model_name_or_path": "./nowhere"}, "(OSError|ValueError|HFValidationError): .*nowhere"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_message(recipe, changes, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--config", recipe(**changes)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert re.match(f"(?s){message}", ended.value.code), ended.value.code
+    assert ended.value.code.endswith("(E3_TRACEBACK=1 shows where.)")
+    monkeypatch.setenv("E3_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError)):
+        cli.main(arguments)
+
+
+def test_memory_of_a_recipe_of_ones_own(recipe, capsys):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    path = recipe(vllm_max_model_length=64)
+    with pytest.raises(SystemExit, match="does not say what GPUs it is for. Give --gpu_memory"):
+        cli.main(["memory", "--config", path])
+    cli.main(["memory", "--config", path, "--gpu_memory", "40", "--num_gpus", "2"])
+    assert len(capsys.readouterr().out.strip().splitlines()) == 3
+    with pytest.raises(SystemExit, match="does not set vllm_max_model_length"):
+        cli.main(["memory", "--config", recipe(), "--gpu_memory", "40"])
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel, installed where nothing else is; what it requires comes from the environment of the tests."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("e3_trl", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    done = run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", ".", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (folder / "dist").iterdir()
+    assert wheel.name == f"e3_trl-{__version__}-py3-none-any.whl"
+    done = run(*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
+    command = [sys.executable, str(installed / "bin" / "e3-trl")]
+    arguments = ["train", "--accelerate_config", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--config", recipe()]
+    done = run(*command, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 8
+    done = run(*command, "plot", "run", "--output_dir", "figures", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "figures").glob("*.png"))
+    code = "import e3_trl.commands.train as train; print(train.__file__)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.stdout.strip().endswith(str(installed / "e3_trl" / "commands" / "train.py")), "not the clone's"

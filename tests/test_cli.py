@@ -88,8 +88,9 @@ def recipe(model_path, tmp_path):
         "report_to": "none",
         "use_cpu": True,
     }
-    reward = "def length(completions, **kwargs):\n    return [len(text) / 7 for text in completions]\n"
-    (tmp_path / "my_rewards.py").write_text(reward)
+    reward = ["import e3_trl", "", "def length(completions, **kwargs):", "    print(e3_trl.__file__)"]
+    reward += ["    return [len(text) / 7 for text in completions]"]
+    (tmp_path / "my_rewards.py").write_text("\n".join(reward))
 
     def write(**changes):
         path = tmp_path / "recipe.yaml"
@@ -154,10 +155,8 @@ def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     arguments = ["train", "--accelerate_config", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--config", recipe()]
     done = run(*command, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
+    assert str(installed / "e3_trl" / "__init__.py") in done.stdout.splitlines(), "not the clone's"
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 8
     done = run(*command, "plot", "run", "--output_dir", "figures", cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "figures").glob("*.png"))
-    code = "import e3_trl.commands.train as train; print(train.__file__)"
-    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.stdout.strip().endswith(str(installed / "e3_trl" / "commands" / "train.py")), "not the clone's"

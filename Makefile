@@ -9,7 +9,7 @@ OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := outputs/quickstart$(OF_SEED)
 BASE := outputs/quickstart-base$(OF_SEED)
 
-.PHONY: install test quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
+.PHONY: install test build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
 
 install: .venv/installed
 
@@ -36,6 +36,10 @@ endif
 
 test: install
 	$(BIN)/python -m pytest
+
+# Wheel and source distribution, in dist/.
+build: install
+	$(BIN)/python -m build
 
 quality: install
 	$(BIN)/ruff check .

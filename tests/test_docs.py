@@ -1,0 +1,96 @@
+"""The documentation: its links lead somewhere, and what it names is there."""
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from e3_trl import E3GRPOConfig
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "recipes" / "README.md", *(ROOT / "docs").glob("*.md")])
+SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "e3_trl").rglob("*.py")))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def test_docstrings_link_to_what_is_there():
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in sorted((ROOT / "e3_trl").rglob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+        docstrings = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+        for link in re.findall(r"\]\(([^)\s]+)\)", docstrings):
+            assert link.startswith("http") or (path.parent / link).exists(), f"{path} links to {link}"
+
+
+def test_the_readme_is_short_and_lists_every_setting():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    from trl import GRPOConfig
+
+    own = {field.name for field in fields(E3GRPOConfig)} - {field.name for field in fields(GRPOConfig)}
+    table = text[text.index("## Settings") : text.index("**What a run writes**")]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = set()
+    for row in rows:
+        first, *others = re.findall(r"`(\w+)`", row)
+        stem = first.rsplit("_", 1)[0]
+        named |= {first, *(stem + name if name.startswith("_") else name for name in others)}
+    named |= set(re.findall(r"`(temperature_warmup_steps)`", table))
+    assert named == own
+
+
+def test_every_metric_is_explained():
+    """Those that the code logs by a literal name; and no row is about one that is gone."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    logged = set(re.findall(r'add_metric\("([\w/]+)"', SOURCE)) | set(
+        re.findall(r'^ +"(rollouts/\w+)":', SOURCE, re.MULTILINE)
+    )
+    explained = {
+        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert len(logged) > 8
+    assert logged <= explained
+    own = {name for name in explained if name.startswith(("rollouts/", "prompt_perplexity/", "entropy_weight/"))}
+    assert own <= logged
+
+
+def test_the_messages_that_are_explained_can_come():
+    """Each stands in the code, however its string is put together."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
+    joined = re.sub(r"\{type\(self\)[^}]*\}", "", joined)
+    assert len(messages) > 12
+    for message in messages:
+        assert message in joined, message
+
+
+def test_code_in_the_guides_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "your_own.md").read_text()
+    code = re.search(r"```python\n# my_rewards.py\n(.*?)```", text, re.DOTALL)[1]
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["starts_with"](["ab", [{"role": "assistant", "content": "b"}]], prefix=["a", "a"]) == [1.0, 0.0]

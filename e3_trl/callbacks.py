@@ -1,5 +1,7 @@
 """TrainerCallbacks: what happens at events of the training loop, through the trainer's public attributes."""
 
+import signal
+
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -67,6 +69,34 @@ class TemperatureCallback(TrainerCallback):
         if self.trainer.window_step == 0 and window.num_steps > 0:
             self.trainer.temperature = self.schedule.step(window.mean, window.num_steps)
             window.reset()
+
+
+class TerminationCallback(TrainerCallback):
+    """
+    Saves a checkpoint and ends the training after the optimizer step in which one of the processes got SIGTERM, as
+    schedulers send it before they kill. transformers' `enable_jit_checkpoint` saves in the middle of a step, and each
+    process when its own timer says so.
+
+    Attributes:
+        is_terminated (`bool`): whether the training was ended so, on all processes alike.
+    """
+
+    def __init__(self):
+        self.is_terminated = False
+        self._received = False
+
+    def _note(self, number, frame):
+        self._received = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any(gather_object([self._received])):
+            self.is_terminated = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._before)
 
 
 class EngineCheckCallback(TrainerCallback):

@@ -25,6 +25,7 @@ from .rollouts.micro_batches import plan_generation_batch
 from .rollouts.pilot import sample_in_two_parts
 from .rollouts.prepo import select_prompts, weigh_by_entropy
 from .rollouts.prompts import is_text, share_copies, with_copies, without_copies
+from .rollouts.reward_errors import RewardGuard
 from .rollouts.rollout_func import check_rollouts
 from .rollouts.sampler import RolloutBudgetSampler
 from .rollouts.scoring import is_planned, scoring_pass, without_old_logps
@@ -34,7 +35,7 @@ from .rollouts.vllm import RolloutGeneration, server_errors_named
 from .runs.checkpoint import dataset_fingerprint
 from .runs.describe import describe_run
 from .runs.publishing import complete_model_card
-from .runs.state import begin_run, choose_checkpoint, resume_run, save_run, saved_if_the_server_is_lost
+from .runs.state import begin_run, choose_checkpoint, resume_run, save_run, saved_if_it_cannot_go_on
 from .runs.validation import check_run, difficulty_reward_index, initial_difficulty
 
 
@@ -57,7 +58,7 @@ class E3GRPOTrainer(GRPOTrainer):
     |---|---|
     | `__init__` | check the data before a model is loaded; find the places of the temperature |
     | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
-    | `train` | the run's folder; resume from its last complete checkpoint; save if the vLLM server is lost |
+    | `train` | the run's folder; resume from its last sound checkpoint; save if server or reward function fail |
     | `get_batch_samples` | no batch is left for a run that is over |
     | `_get_dataloader`, `_set_signature_columns_if_needed` | give every prompt an id, which the trainer alone sees |
     | `_get_train_sampler` | repeat each prompt as often as its budget says (Algorithm 1) |
@@ -65,7 +66,7 @@ class E3GRPOTrainer(GRPOTrainer):
     | `_generate` | seed vLLM; check what a rollout function returns; sample in rounds (DAPO, a pilot) |
     | `_tokenize_prompts` | a prompt is tokenised once for all its rows |
     | `_generate_single_turn` | one engine call for all prompts of an evaluation |
-    | `_calculate_rewards` | keep the rewards of all processes; score each round of completions once |
+    | `_calculate_rewards` | keep the rewards of all processes; score each round once; say what a function raised for |
     | `_prepare_inputs` | put a generation batch's rows into micro-batches with little padding |
     | `_get_per_token_logps_and_entropies` | score by length; keep the loss's log-probs, which are the old ones too |
     | `_compute_loss` | micro-steps without rows, or with fewer; the entropy of all for the temperature schedule |
@@ -157,6 +158,7 @@ class E3GRPOTrainer(GRPOTrainer):
             super().__init__(
                 model, reward_funcs, args, *data, [*(callbacks or []), checks, PassCallback(self)], **kwargs
             )
+        self.reward_guard = RewardGuard(self)
         self.difficulty_reward_index = difficulty_reward_index(args, self.reward_func_names)
         if self.use_vllm:
             RolloutGeneration.adopt(self.vllm_generation, args.vllm_request_seeds)
@@ -330,6 +332,7 @@ class E3GRPOTrainer(GRPOTrainer):
         if batch is not None and batch.round.rewards is not None:  # scored already, to know what to sample and keep
             return batch.of_kept(batch.rewards)
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.reward_guard.raise_errors()
         if batch is not None:
             batch.round.rewards = rewards_per_func
         elif self._evaluation is not None:
@@ -397,7 +400,7 @@ class E3GRPOTrainer(GRPOTrainer):
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
         if checkpoint is None:
             begin_run(self)
-        with saved_if_the_server_is_lost(self):
+        with saved_if_it_cannot_go_on(self):
             return super().train(checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import logged, make_dataset
+from conftest import logged, make_dataset, vowel_reward
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
-from e3_trl.runs.checkpoint import last_complete_checkpoint, load_window, run_id, save_window
+from e3_trl.callbacks import TerminationCallback
+from e3_trl.rollouts.reward_errors import RewardError
+from e3_trl.runs.checkpoint import complete_checkpoints, load_window, run_id, save_window
 from e3_trl.runs.describe import read_log
 
 
@@ -301,6 +303,86 @@ def test_half_a_log_stops_no_run(make_trainer):
     assert (log.parent / "_earlier" / "1" / log.name).exists()
 
 
+@pytest.mark.parametrize("name", ["e3_state.json", "e3_difficulty.safetensors", "model.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    run = make_trainer(max_steps=6, **settings)
+    run.train()
+    file = Path(run.args.output_dir) / "checkpoint-6" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    resumed = make_trainer(max_steps=6, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert f"checkpoint-6 is damaged: {file} is damaged" in caplog.text
+    assert resumed.state.log_history[3]["step"] == 4
+    assert len(read_log(run.args.output_dir)) >= 6
+    for checkpoint in Path(run.args.output_dir).glob("checkpoint-*"):
+        (checkpoint / "e3_state.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_is_terminated_saves_and_goes_on(make_trainer):
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = make_trainer(output_dir="whole")
+    whole.train()
+    terminated, termination = make_trainer(), TerminationCallback()
+    before = signal.getsignal(signal.SIGTERM)
+    for callback in (Terminate(), termination):
+        terminated.add_callback(callback)
+    terminated.train()
+    assert (termination.is_terminated, terminated.state.global_step) == (True, 5)
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def raises_for_a_vowel(completions, threshold, **kwargs):
+    if kwargs["trainer_state"].global_step >= 4 and any("a" in text for text in completions):
+        raise KeyError("a")
+    return vowel_reward(completions, threshold)
+
+
+def raises_for_many(completions, threshold, **kwargs):
+    if kwargs["trainer_state"].global_step >= 4 and len(completions) > 1:
+        raise MemoryError("too many")
+    return vowel_reward(completions, threshold)
+
+
+async def raises_later(completions, threshold, **kwargs):
+    return raises_for_a_vowel(completions, threshold, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            raises_for_a_vowel,
+            r"raises_for_a_vowel' raised KeyError: 'a', for row \d+ of 16, prompt 'say .*', completion '.*a",
+        ),
+        (raises_for_many, "raised MemoryError: too many, for 16 completions together"),
+        (raises_later, "'raises_later' raised KeyError: 'a', for one of 16 completions"),
+    ],
+)
+def test_a_reward_function_that_raises_is_named_and_costs_nothing(make_trainer, function, message):
+    whole = make_trainer(output_dir="whole")
+    whole.train()
+    failed = make_trainer(reward_funcs=function)
+    with pytest.raises(RewardError, match=f"{message}.* Mend it") as raised:
+        failed.train()
+    assert isinstance(raised.value.__cause__, KeyError | MemoryError)
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=True)
+    # The batch that failed is sampled anew.
+    assert logged(resumed, "loss")[:4] == logged(whole, "loss")[:4]
+    assert len(logged(resumed, "loss")) == 12
+    assert resumed.difficulty_tracker.num_rollouts.sum() == 12 * 16
+
+
 def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
     old = make_trainer(max_steps=4, save_strategy="steps", save_steps=4)
     old.train()
@@ -324,7 +406,7 @@ def test_a_checkpoint_or_a_folder_that_names_no_run_is_taken(checkpoint):
     for file in (run, state):  # copied from elsewhere; TRL's own
         data = file.read_bytes()
         file.unlink()
-        assert last_complete_checkpoint(folder) == str(checkpoint)
+        assert complete_checkpoints(folder) == [str(checkpoint)]
         file.write_bytes(data)
 
 

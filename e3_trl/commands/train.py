@@ -9,6 +9,7 @@ The second trains in this process, or in those of an accelerate configuration. E
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,10 +107,21 @@ def repo_name(training_args: E3GRPOConfig) -> str:
 
 
 def train(trainer, script_args: E3ScriptArguments) -> None:
-    """Train, save, draw the figures, write the card, and push what is to be pushed."""
+    """
+    Train, save, draw the figures, write the card, and push what is to be pushed. After SIGTERM the process ends with
+    the status 143 that schedulers expect, once a checkpoint is written.
+    """
+    from ..callbacks import TerminationCallback
+
     training_args, repo_id = trainer.args, repo_name(trainer.args)
+    termination = TerminationCallback()
+    trainer.add_callback(termination)
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if termination.is_terminated:
+        trainer.accelerator.end_training()
+        print(f"SIGTERM: saved checkpoint-{trainer.state.global_step}; resume_from_checkpoint: true goes on with it.")
+        sys.exit(128 + signal.SIGTERM)
     trainer.save_state()
     # Not `push_to_hub`, which a plain `save_model` also calls: the figures are to go with the model, in one commit.
     trainer.save_model(training_args.output_dir, _internal_call=True)

@@ -14,6 +14,7 @@ that a run goes back behind, moves to `_earlier/<number>` when the run begins.
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,10 +57,10 @@ def _stored(value) -> str:
     return _sha256(value) if isinstance(value, bytes) else str(value)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def complete_checkpoints(output_dir: str | Path) -> list[str]:
     """
-    Newest checkpoint in `output_dir` that was written to its end, and by the run whose folder it is; `None` without
-    one. A kill can leave one unfinished.
+    Checkpoints in `output_dir` that were written to their end, and by the run whose folder it is, newest first. A kill
+    can leave one unfinished.
     """
 
     def is_complete(folder: Path) -> bool:
@@ -76,7 +77,37 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         for folder in _checkpoints(output_dir)
         if is_complete(folder) and (owner is None or run_id(folder) in (owner, None))
     ]
-    return str(max(folders, key=_step)) if folders else None
+    return [str(folder) for folder in sorted(folders, key=_step, reverse=True)]
+
+
+def last_sound_checkpoint(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:
+    """
+    Newest of the [`complete_checkpoints`] whose files are whole, as far as can be told without reading all of them;
+    `None` without one. And what is wrong with each newer one: a disk can lose what was written.
+    """
+    damaged = {}
+    for folder in complete_checkpoints(output_dir):
+        try:
+            _check_files(Path(folder))
+        except ValueError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `ValueError` if E3's state is not what was saved, or a file of tensors, or of torch's, is cut."""
+    load_state(folder, {})
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _damaged(path, str(error)) from error
+    for path in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth")]):  # torch's files are zip archives
+        if not zipfile.is_zipfile(path):
+            raise _damaged(path, "it is cut")
 
 
 def check_weights(folder: str | Path, names: set[str]) -> None:

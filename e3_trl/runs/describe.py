@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..scrub import without_secrets
-from .checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint
+from .checkpoint import TRAINER_STATE_NAME, complete_checkpoints
 
 
 ARGS_FILE = "training_args.json"
@@ -74,8 +74,8 @@ def read_log(folder: str | Path) -> list[dict]:
     neither has one.
     """
     states = []
-    for place in (folder, last_complete_checkpoint(folder)):
-        if place is not None and (Path(place) / TRAINER_STATE_NAME).is_file():
+    for place in (folder, *complete_checkpoints(folder)[:1]):
+        if (Path(place) / TRAINER_STATE_NAME).is_file():
             states.append(json.loads((Path(place) / TRAINER_STATE_NAME).read_text()))
     return max(states, key=lambda state: state["global_step"])["log_history"] if states else []
 

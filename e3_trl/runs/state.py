@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..method.difficulty import DifficultyTracker
 from ..method.temperature import EntropyWindow
+from ..rollouts.reward_errors import RewardError
 from ..rollouts.vllm import VLLMServerError
 from . import checkpoint as checkpoints
 
@@ -35,7 +36,10 @@ def choose_checkpoint(trainer, resume_from_checkpoint: str | bool | None) -> str
     """
     output_dir = trainer.args.output_dir
     if resume_from_checkpoint is True:
-        resume_from_checkpoint = checkpoints.last_complete_checkpoint(output_dir)
+        found = checkpoints.last_sound_checkpoint(output_dir) if trainer.is_world_process_zero() else (None, {})
+        ((resume_from_checkpoint, damaged),) = broadcast_object_list([found])
+        for folder, damage in damaged.items():
+            logger.warning(f"{folder} is damaged: {damage} Going back to the checkpoint before it.")
         if resume_from_checkpoint is None:
             raise ValueError(
                 f"resume_from_checkpoint is True, but {output_dir} (output_dir) holds no complete checkpoint. Unset "
@@ -200,11 +204,14 @@ def _restore_temperature(trainer, checkpoint: str, state: dict) -> None:
 
 
 @contextmanager
-def saved_if_the_server_is_lost(trainer) -> Iterator[None]:
-    """Inside, a lost vLLM server costs nothing: the run can go on from the last optimizer step, whenever it saved."""
+def saved_if_it_cannot_go_on(trainer) -> Iterator[None]:
+    """
+    Inside, a lost vLLM server or a reward function that raises costs nothing: the run can go on from the last
+    optimizer step, whenever it saved.
+    """
     try:
         yield
-    except VLLMServerError:
+    except (RewardError, VLLMServerError):
         if trainer.saved_step != trainer.state.global_step and not trainer.inside_optimizer_step:
             trainer._save_checkpoint(trainer.model, trial=None)
         raise

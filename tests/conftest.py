@@ -1,5 +1,7 @@
 """A tiny model, tokenizer and task on which a training step takes a few hundredths of a second."""
 
+import os
+import signal
 import string
 
 import pytest
@@ -44,6 +46,19 @@ def sometimes_none_reward(completions, threshold, **kwargs):
     """Cannot score every third completion."""
     rewards = vowel_reward(completions, threshold)
     return [None if index % 3 == 0 else reward for index, reward in enumerate(rewards)]
+
+
+def reward_of_a_terminated_run(completions, **kwargs):
+    """A scheduler's signal comes while it runs, in the third step."""
+    if kwargs["trainer_state"].global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(text)) for text in completions]
+
+
+def reward_that_fails_on_the_last_rank(completions, threshold, **kwargs):
+    if kwargs["trainer_state"].global_step == 4 and os.environ["RANK"] == "1":
+        raise KeyError("a")
+    return vowel_reward(completions, threshold)
 
 
 def save_tiny_model(path) -> str:

@@ -114,3 +114,13 @@ def test_a_mistake_in_the_recipe_is_named(recipe, monkeypatch, settings, message
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(ValueError, match=message):
         train.main(*train.make_parser().parse_args_and_config(recipe(**settings)[-2:]))
+
+
+def test_a_run_that_a_scheduler_ends_saves_and_says_so(recipe, tmp_path, capsys):
+    command = recipe(reward_funcs=["tests.conftest.reward_of_a_terminated_run"], save_strategy="no")
+    with pytest.raises(SystemExit) as ended:
+        train.main(*train.make_parser().parse_args_and_config(command[-2:]))
+    assert ended.value.code == 143
+    assert "SIGTERM: saved checkpoint-3" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-3" / "e3_state.json").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists(), "it is not over"

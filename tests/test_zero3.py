@@ -256,6 +256,14 @@ def test_a_rank_that_dies_ends_the_job_which_then_resumes(model_path, tmp_path):
     assert [entry["step"] for entry in history(tmp_path / "run")] == list(range(1, 13))
 
 
+def test_a_reward_function_that_raises_on_one_rank_ends_both_and_the_run_is_saved(model_path, tmp_path):
+    done = launch(model_path, tmp_path / "run", reward_funcs=["reward_that_fails_on_the_last_rank"])
+    assert done.returncode != 0
+    message = "RewardError: Reward function 'reward_that_fails_on_the_last_rank' raised KeyError: 'a', for row 0 of 8"
+    assert done.stderr.count(message) == 2, done.stderr[-4000:]
+    assert (tmp_path / "run" / "checkpoint-4" / "e3_state.json").exists()
+
+
 def test_a_process_that_does_not_see_the_others_is_stopped(model_path, tmp_path):
     """Without ddp_backend on a CPU each of two processes would train alone."""
     done = launch(model_path, tmp_path / "run", ddp_backend=None)

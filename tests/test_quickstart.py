@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.study.tasks import ChainTask, SumTask
 from recipes.quickstart.prepare import make_tokenizer
+from recipes.quickstart.report import frequent
 from recipes.quickstart.task import LEVELS, RuleTask, answer_reward
 
 
@@ -37,6 +38,7 @@ def test_prepares_trains_and_reports(tmp_path):
         run(tmp_path, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
     table = run(tmp_path, "recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
     assert "pass@16" in table
+    assert "Most frequent answers of 64" in table
     folder = tmp_path / "outputs" / "quickstart"
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
     report = json.loads((folder / "report.json").read_text())
@@ -44,6 +46,8 @@ def test_prepares_trains_and_reports(tmp_path):
     assert report["seed"] == 0
     assert report["settings"]["temperature_schedule"] == "entropy"
     assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}
+    assert report["answers"].keys() == {"before", "quickstart", "grpo"}
+    assert set(report["answers"]["before"]) == set(RuleTask.levels)
     base = json.loads((tmp_path / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
     assert base["benchmarks"]["held-out problems"]["pass@k"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
     train, test = (
@@ -53,6 +57,12 @@ def test_prepares_trains_and_reports(tmp_path):
     assert (len(train), len(test)) == (432, 192)
     assert not train & test
     assert "is there already" in run(tmp_path, "recipes.quickstart.prepare")
+
+
+def test_the_most_frequent_answers_are_shown_with_the_right_ones_marked():
+    problem = {"answer": "12"}
+    assert frequent(problem, ["a12", "b34", "a12", "c1"]) == "a12 ✓ 2x, b34 1x"
+    assert frequent(problem, ["a2"] * 3) == "a2 3x"
 
 
 GREEDY = """

@@ -1,5 +1,6 @@
 """
-What the quickstart did: pass@1, pass@16 and pass@64 before and after on held-out problems, and figures of the run.
+What the quickstart did: pass@1, pass@16 and pass@64 before and after on held-out problems, what the model answers to
+one of each level, and figures of the run.
 
     python -m recipes.quickstart.report outputs/quickstart [outputs/quickstart-grpo]
 
@@ -9,6 +10,7 @@ Adds pass@k to the `report.json` of each folder and of the model that they began
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +55,11 @@ def sample(
     ]
 
 
-def evaluate(folder: Path, problems: list[dict]) -> dict[str, dict[str, float]]:
-    """pass@k at temperature 1: by k, over the problems of each level and over all; into the folder's report, too."""
+def evaluate(folder: Path, problems: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """
+    pass@k at temperature 1: by k, over the problems of each level and over all; into the folder's report, too. And the
+    most frequent answers to the first problem of each level.
+    """
     samples = sample(folder, problems, NUM_SAMPLES, 1.0, RuleTask.max_completion_length)
     rewards = [RuleTask.reward(texts, [problem["answer"]] * NUM_SAMPLES) for problem, texts in samples]
     table = pass_at_k_table(rewards, KS)
@@ -66,7 +71,27 @@ def evaluate(folder: Path, problems: list[dict]) -> dict[str, dict[str, float]]:
     }
     curve = {str(k): result[f"pass@{k}"]["all"] for k in KS}
     write_json(folder / REPORT_FILE, {**read_report(folder), "benchmarks": {BENCHMARK: {"pass@k": curve}}})
-    return result
+    first = {problem["level"]: row for row, (problem, _) in reversed(list(enumerate(samples)))}
+    return result, {level: frequent(*samples[row]) for level, row in first.items()}
+
+
+def frequent(problem: dict, texts: list[str]) -> str:
+    """The two most frequent completions and how often each came, right ones with a tick."""
+    counts = Counter(texts).most_common(2)
+    ticks = RuleTask.reward([text for text, _ in counts], [problem["answer"]] * len(counts))
+    return ", ".join(
+        f"{text}{' ✓' if tick else ''} {count}x" for (text, count), tick in zip(counts, ticks, strict=True)
+    )
+
+
+def print_answers(problems: list[dict], answers: dict[str, dict[str, str]]) -> None:
+    table = Table(title=f"Most frequent answers of {NUM_SAMPLES}")
+    for name in ("right rule\nfirst tried", "prompt", *answers):
+        table.add_column(name)
+    for level in RuleTask.levels:
+        prompt = next(problem["prompt"] for problem in problems if problem["level"] == level)
+        table.add_row(level, prompt, *(of_levels[level] for of_levels in answers.values()))
+    Console(width=100).print(table)
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -85,13 +110,15 @@ def main(folders: list[str]) -> None:
     first = Path(folders[0])
     base = Path(read_settings(first)["model_name_or_path"])
     problems = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
-    results = {"before": evaluate(base, problems)}
+    results, answers = {}, {}
+    results["before"], answers["before"] = evaluate(base, problems)
     for folder in folders:
         name = Path(folder).name.removeprefix("quickstart-")  # short: a table has three columns of each
-        results[name] = evaluate(Path(folder), problems)
+        results[name], answers[name] = evaluate(Path(folder), problems)
     print_table(results)
+    print_answers(problems, answers)
     counts = {"num_problems": len(problems), "num_samples": NUM_SAMPLES}
-    write_json(first / REPORT_FILE, {**read_report(first), **counts, **results})
+    write_json(first / REPORT_FILE, {**read_report(first), **counts, **results, "answers": answers})
     draw_runs([*folders, base], first / FIGURES)
     print(f"Written to {first}: report.json, figures/")
 

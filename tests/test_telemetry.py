@@ -1,5 +1,10 @@
+import json
+import tempfile
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from e3_trl import read_rollouts
 from e3_trl.rollouts.telemetry import RolloutLog, rollout_counts, rollout_metrics
@@ -38,7 +43,7 @@ def test_metrics_leave_out_prompts_that_cannot_be_scored():
 
 
 def append(log, step):
-    log.append(step, counts(), np.array([0.5, NAN, 1.0]), 0.9)
+    log.append(step, counts(), np.array([0.5, NAN, 1.0]), np.full(3, 0.9))
 
 
 def test_rows_read_back(tmp_path):
@@ -55,6 +60,18 @@ def test_rows_read_back(tmp_path):
         "difficulty": None,
         "temperature": 0.9,
     }
+
+
+@given(st.lists(st.integers(1, 9), max_size=20).map(sorted), st.integers(0, 10), st.integers(0, 400))
+def test_a_resumed_run_keeps_the_whole_rows_up_to_its_step(steps, step, cut):
+    rows = [json.dumps({"step": number, "filler": "x" * (7 * number % 50)}) + "\n" for number in steps]
+    with tempfile.TemporaryDirectory() as folder:
+        log = RolloutLog(folder)
+        log.path.write_text("".join(rows)[: max(0, sum(map(len, rows)) - cut)])
+        expected = [row for row in read_rollouts(folder) if row["step"] <= step]
+        log.resume(step)
+        assert read_rollouts(folder) == expected
+        assert log.path.read_text() == "".join(rows[: len(expected)])
 
 
 @pytest.mark.parametrize("cut", [1, 40, 90])

@@ -31,10 +31,23 @@ class RolloutLog:
     def resume(self, step: int) -> None:
         """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
         if self.path.exists():
-            kept = [row for row in read_rollouts(self.path) if row["step"] <= step]
-            temporary = self.path.with_name(FILE_NAME + ".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, self.path)
+            os.truncate(self.path, self._end_of(step))
+
+    def _end_of(self, step: int) -> int:
+        """Where the last whole row of `step`, or of one before it, ends, in bytes. Rows lie in the order of steps."""
+        kept, dropped = 0, self.path.stat().st_size  # what lies before, and behind
+        with open(self.path, "rb") as file:
+            while kept < dropped:
+                middle = (kept + dropped) // 2
+                file.seek(max(middle - 1, 0))
+                if middle > 0:
+                    file.readline()  # to where the next row begins, which may be in the middle
+                start, row = file.tell(), file.readline()
+                if start < dropped and row.endswith(b"\n") and json.loads(row)["step"] <= step:
+                    kept = file.tell()
+                else:
+                    dropped = middle
+        return kept
 
     def append(
         self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: np.ndarray

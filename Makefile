@@ -34,8 +34,9 @@ else
 endif
 	touch $@
 
+# Two at a time, each file in one process: most tests use one core.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Wheel and source distribution, in dist/.
 build: install

@@ -82,6 +82,7 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
         pytest.skip("vLLM's build for GPUs does not run on a CPU, which this recipe is for")
     run(tmp_path, "recipes.quickstart.prepare", "--steps", "20")
     launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+    launch += ["--main_process_port", "0"]
     config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"
     run(tmp_path, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
     folder = tmp_path / "outputs" / "quickstart-zero3-vllm"

@@ -28,7 +28,7 @@ def launch(model_path, output_dir, ddp_backend="gloo", num_processes=2, **settin
     environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
     settings = {"model_path": model_path, "output_dir": str(output_dir), "per_device_train_batch_size": 8} | settings
     command = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
-    command += ["--num_processes", str(num_processes)]
+    command += ["--num_processes", str(num_processes), "--main_process_port", "0"]  # a free one
     return subprocess.run(
         [sys.executable, *command, "ranks_run.py", json.dumps(settings | {"ddp_backend": ddp_backend})],
         cwd=ROOT / "tests",

@@ -22,7 +22,7 @@ def small_study(tmp_path, monkeypatch):
 
 
 def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_study, tmp_path, capsys):
-    bases, runs = run.all_jobs(small_study, run.read_study(small_study.config))
+    bases, runs, many = run.all_jobs(small_study, run.read_study(small_study.config))
     assert [job.method for job in runs] == ["grpo", "e3"]
     for job in (bases[0], runs[0]):
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -35,12 +35,18 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     assert sum(e3["rollouts"]) == 8 * 128
     assert e3["log"]["temperature"][-1] != 1
     assert len(e3["correct"]) == 24
+    assert [job.result.exists() for job in many] == [True] * 3
 
     folders = {"results_dir": str(tmp_path / "results"), "figures_dir": str(tmp_path / "figures")}
     report.main(report.Arguments(study_dir=small_study.output_dir, **folders))
     assert "| e3 | 1 |" in capsys.readouterr().out
     found = json.loads((tmp_path / "results" / "study.json").read_text())
     assert found["runs"]["rules"]["e3"]["0"]["rollouts"] == 8 * 128
+    assert {name for name, of_seeds in found["runs"]["rules"].items() if "pass@256" in of_seeds["0"]} == {
+        "base",
+        "grpo",
+        "e3",
+    }
     # Of one seed there is no interval.
     assert found["difference_to_grpo"]["rules"] == {}
     # Where the runs are gone, what was reported of them stays.

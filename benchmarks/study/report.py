@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import HfArgumentParser
 
-from benchmarks.study.run import NUM_SAMPLES, STUDY, read_study
+from benchmarks.study.run import MANY_SAMPLES, NUM_SAMPLES, STUDY, read_study
 from e3_trl import dotted_path
 from e3_trl.evaluation.metrics import bootstrap_means, pass_at_k
 from e3_trl.runs.describe import write_json
@@ -52,8 +52,8 @@ class Arguments:
     figures_dir: str = "docs"
 
 
-def mean_pass_at_k(correct: np.ndarray, k: int) -> float:
-    return float(np.mean([pass_at_k(NUM_SAMPLES, int(count), k) for count in correct]))
+def mean_pass_at_k(correct: np.ndarray, k: int, num_samples: int = NUM_SAMPLES) -> float:
+    return float(np.mean([pass_at_k(num_samples, int(count), k) for count in correct]))
 
 
 def measure(run: dict, base: dict, levels: list[str], goal: float | None) -> dict[str, float]:
@@ -119,6 +119,10 @@ def read_task(folder: Path, levels: list[str]) -> dict[str, dict[int, dict]]:
         goal = float(np.mean(runs["grpo"]["pass@1"][-3:]))
         for method, run in runs.items():
             numbers.setdefault(method, {})[seed] = measure(run, base, levels, goal)
+        for path in (seed_folder / "many").glob("*.json"):
+            correct = np.array(json.loads(path.read_text())["correct"])
+            for k in (NUM_SAMPLES * 2, MANY_SAMPLES):
+                numbers[path.stem][seed][f"pass@{k}"] = mean_pass_at_k(correct, k, MANY_SAMPLES)
     return numbers
 
 
@@ -172,6 +176,7 @@ def table(title: str, numbers: dict, comparison: dict, costs: dict) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     names = [f"pass@{k}" for k in (1, 16, 64)]
+    names.append(f"pass@{MANY_SAMPLES}")
     heads = ["method", "seeds", *names, "hard pass@64", "families solved", "own pass@1", "own pass@64", "all-wrong"]
     heads += [
         "entropy",
@@ -215,15 +220,18 @@ def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
         for index, method in enumerate(["base", *IN_FIGURE]):
             if method not in numbers:
                 continue
-            values = np.array([[of_seed[f"pass@{k}"] for k in KS] for of_seed in numbers[method].values()])
+            of_seeds = list(numbers[method].values())
+            ks = [k for k in (*KS, NUM_SAMPLES * 2, MANY_SAMPLES) if all(f"pass@{k}" in one for one in of_seeds)]
+            values = np.array([[one[f"pass@{k}"] for k in ks] for one in of_seeds])
             color, style = ("black", "--") if method == "base" else (f"C{index - 1}", "-")
-            axes.plot(KS, values.mean(axis=0), style, color=color, marker="o", markersize=3, label=method)
+            axes.plot(ks, values.mean(axis=0), style, color=color, marker="o", markersize=3, label=method)
             if len(values) > 1 and method in ("grpo", "e3"):
                 error = 2 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
                 middle = values.mean(axis=0)
-                axes.fill_between(KS, middle - error, middle + error, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(ks, middle - error, middle + error, color=color, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(KS, labels=KS)
+        ticks = (*KS[::2], MANY_SAMPLES)
+        axes.set_xticks(ticks, labels=ticks)
         axes.set(title=f"{TITLES.get(task, task)}, {len(numbers['grpo'])} seeds", xlabel="k")
     panels[0].set(ylabel="held-out pass@k at temperature 1")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -287,8 +295,9 @@ COLUMNS = """\
 Means over seeds; in brackets the 95% interval of the difference to GRPO on the same seed (bootstrap over seeds; not of
 fewer than three).
 
-- pass@k: held-out problems, 64 samples each at temperature 1; *hard*: the harder half of the levels; *own*: at the
-  run's last temperature. *families solved*: share of families of which half of the samples are right.
+- pass@k: held-out problems, 64 samples each at temperature 1, for pass@256 of some methods 256; *hard*: the harder
+  half of the levels; *own*: at the run's last temperature. *families solved*: share of families of which half of the
+  samples are right.
 - *all-wrong*: share of a batch's prompts none of whose rollouts was right, last quarter of the run, at the run's own
   temperature. *entropy*: nats per token there; *its error*: mean distance from its target as a part of it, second half
   of the run.

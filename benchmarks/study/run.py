@@ -12,7 +12,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 STUDY = Path(__file__).parent / "study.yaml"
 NUM_SAMPLES = 64  # of a held-out problem, at temperature 1 and at the run's last temperature
+MANY_SAMPLES = 256  # of the methods that the study names for it, at temperature 1
 
 
 @dataclass
@@ -49,13 +50,14 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the study, or with `method` None the base model of a task's seed."""
+    """One run of the study, or with `method` None the base model of a task's seed; or, later, many samples of it."""
 
     config: str
     output_dir: str
     task: str
     seed: int
     method: str | None = None
+    is_sampling: bool = False
 
     @property
     def folder(self) -> Path:
@@ -63,15 +65,18 @@ class Job:
 
     @property
     def result(self) -> Path:
-        return self.folder / f"{self.method or 'base'}.json"
+        return self.folder / ("many" if self.is_sampling else "") / f"{self.method or 'base'}.json"
 
 
 def read_study(path: str) -> dict:
     return yaml.safe_load(Path(path).read_text())
 
 
-def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job]]:
-    """Bases, and runs seed by seed, so that what is there after half of the time is a study with fewer seeds."""
+def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job], list[Job]]:
+    """
+    Bases, and runs seed by seed, so that what is there after half of the time is a study with fewer seeds; and what is
+    to be sampled many times.
+    """
     for name, chosen in (("tasks", args.tasks), ("methods", args.methods)):
         if unknown := set(chosen) - set(study[name]):
             raise ValueError(f"{name} has {sorted(unknown)}. Choose from {list(study[name])}.")
@@ -83,15 +88,22 @@ def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job]]:
         for seed in range(args.first_seed, args.first_seed + (args.seeds or of_task["seeds"])):
             bases.append(Job(args.config, args.output_dir, task, seed))
             runs += [Job(args.config, args.output_dir, task, seed, method) for method in methods]
-    return bases, sorted(runs, key=lambda job: job.seed)
+    many = [
+        replace(job, is_sampling=True)
+        for job in bases + runs
+        if job.method is None or job.method in study.get("many_samples", [])
+    ]
+    return bases, sorted(runs, key=lambda job: job.seed), many if study.get("many_samples") else []
 
 
-def count_correct(folder: Path, task, problems: list[dict], temperature: float) -> list[int]:
-    """Right answers among `NUM_SAMPLES` samples of each problem."""
+def count_correct(
+    folder: Path, task, problems: list[dict], temperature: float, num_samples: int = NUM_SAMPLES
+) -> list[int]:
+    """Right answers among `num_samples` samples of each problem."""
     from recipes.quickstart.report import sample
 
-    texts = sample(folder, problems, NUM_SAMPLES, temperature, task.max_completion_length)
-    return [int(sum(task.reward(of_one, [problem["answer"]] * NUM_SAMPLES))) for problem, of_one in texts]
+    texts = sample(folder, problems, num_samples, temperature, task.max_completion_length)
+    return [int(sum(task.reward(of_one, [problem["answer"]] * num_samples))) for problem, of_one in texts]
 
 
 def run_job(job: Job) -> Job:
@@ -108,13 +120,17 @@ def run_job(job: Job) -> Job:
     of_task = study["tasks"][job.task]
     task = dotted_path.load(of_task["task"])(job.seed)
     base = job.folder / "base"
-    log = open(job.folder / f"{job.method or 'base'}.log", "w")  # noqa: SIM115
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    log = open(job.result.with_suffix(".log"), "w")  # noqa: SIM115
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         set_seed(job.seed)
-        if job.method is None:
+        if job.method is None and not job.is_sampling:
             make_base(task, base, job.seed, of_task["steps"], of_task["problems"])
         test = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
-        if job.method is None:
+        if job.is_sampling:
+            model = job.folder / (job.method or "base")
+            result = {"correct": count_correct(model, task, test, 1.0, MANY_SAMPLES)}
+        elif job.method is None:
             result = {"correct": count_correct(base, task, test, 1.0)}
             result |= {name: [row[name] for row in test] for name in ("level", "family")}
         else:
@@ -169,12 +185,10 @@ def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
 
 
 def main(args: Arguments) -> None:
-    bases, runs = all_jobs(args, read_study(args.config))
+    bases, runs, many = all_jobs(args, read_study(args.config))
     processes = args.processes or len(os.sched_getaffinity(0))
-    for name, jobs in (("base models", bases), ("runs", runs)):
+    for name, jobs in (("base models", bases), ("runs", runs), (f"times {MANY_SAMPLES} samples", many)):
         left = [job for job in jobs if not job.result.exists()]
-        for job in left:
-            job.folder.mkdir(parents=True, exist_ok=True)
         print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. The bar says how long it will take.")
         # Processes of their own, started anew: torch does not survive a fork.
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:

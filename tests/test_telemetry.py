@@ -62,6 +62,21 @@ def test_rows_read_back(tmp_path):
     }
 
 
+def test_a_full_disk_costs_no_row(tmp_path, caplog):
+    log = RolloutLog(tmp_path)
+    append(log, 1)
+    written = log.path.read_text()
+    log.path.rename(tmp_path / "aside")
+    log.path.symlink_to("/dev/full")
+    append(log, 2)
+    assert "could not be written ([Errno 28] No space left on device)" in caplog.text
+    log.path.unlink()
+    (tmp_path / "aside").rename(log.path)
+    append(log, 3)
+    assert log.path.read_text().startswith(written)
+    assert [row["step"] for row in read_rollouts(tmp_path)] == [1] * 3 + [2] * 3 + [3] * 3
+
+
 @given(st.lists(st.integers(1, 9), max_size=20).map(sorted), st.integers(0, 10), st.integers(0, 400))
 def test_a_resumed_run_keeps_the_whole_rows_up_to_its_step(steps, step, cut):
     rows = [json.dumps({"step": number, "filler": "x" * (7 * number % 50)}) + "\n" for number in steps]

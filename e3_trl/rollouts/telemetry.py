@@ -1,8 +1,10 @@
 """`rollouts.jsonl`: one row per prompt per generation batch, written as the run goes."""
 
 import json
+import logging
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from .batch import GenerationBatch
 
 
+logger = logging.getLogger(__name__)
 FILE_NAME = "rollouts.jsonl"
 
 
@@ -27,6 +30,7 @@ class RolloutLog:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE_NAME
+        self._pending: list[str] = []
 
     def resume(self, step: int) -> None:
         """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
@@ -80,9 +84,18 @@ class RolloutLog:
                 *columns, known, temperature.tolist(), strict=True
             )
         ]
+        self._pending += lines
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write("".join(lines))
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write("".join(self._pending))
+        except OSError as error:  # a full disk is no reason to stop: the other processes would wait for this one
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            logger.warning(f"{self.path} could not be written ({error}). Its rows come when there is room again.")
+        else:
+            self._pending = []
 
 
 def read_rollouts(path: str | Path) -> list[dict]:

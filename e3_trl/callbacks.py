@@ -82,18 +82,27 @@ class TerminationCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self.is_terminated = False
-        self._received = False
+        self.is_terminated = self._received = False
 
     def _note(self, number, frame):
         self._received = True
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self.is_terminated = self._received = False
+        self._before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL  # None = not Python's own
 
     def on_step_end(self, args, state, control, **kwargs):
         if any(gather_object([self._received])):
             self.is_terminated = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_terminated:
+            state.best_model_checkpoint = None  # for which this one would be deleted; it stands in the checkpoint
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.is_terminated:
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self._before)

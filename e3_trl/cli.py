@@ -16,6 +16,8 @@ COMMANDS = {
     "replay": ("replay", "main", "what other budget rules would have given on a finished run"),
     "memory": ("commands.memory", "main", "GPU memory that a recipe needs, on paper"),
 }
+# Packages that come with an extra of setup.cfg.
+EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
 
 
 def usage() -> str:
@@ -39,8 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"There is no command {command!r}.\n\n{usage()}")
     else:
         module, function, _ = COMMANDS[command]
+        try:
+            module = importlib.import_module(f".{module}", __package__)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            sys.exit(f"e3-trl {command} needs {error.name}. `pip install 'e3-trl[{EXTRAS[error.name]}]'` brings it.")
         sys.argv = [f"e3-trl {command}", *rest]  # what --help shows
-        getattr(importlib.import_module(f".{module}", __package__), function)(rest)
+        getattr(module, function)(rest)
 
 
 if __name__ == "__main__":

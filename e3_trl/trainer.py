@@ -331,7 +331,8 @@ class E3GRPOTrainer(GRPOTrainer):
         batch = self._batch
         if batch is not None and batch.round.rewards is not None:  # scored already, to know what to sample and keep
             return batch.of_kept(batch.rewards)
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self.row_temperatures.at(None):  # a reward may ask the policy
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.reward_guard.raise_errors()
         if batch is not None:
             batch.round.rewards = rewards_per_func
@@ -401,7 +402,9 @@ class E3GRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             begin_run(self)
         with saved_if_it_cannot_go_on(self):
-            return super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+        self.rollout_log.flush()
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:

@@ -353,6 +353,11 @@ def raises_for_many(completions, threshold, **kwargs):
     return vowel_reward(completions, threshold)
 
 
+def returns_too_few(completions, threshold, **kwargs):
+    rewards = vowel_reward(completions, threshold)
+    return rewards[1:] if kwargs["trainer_state"].global_step >= 4 and len(rewards) > 1 else rewards
+
+
 async def raises_later(completions, threshold, **kwargs):
     return raises_for_a_vowel(completions, threshold, **kwargs)
 
@@ -365,6 +370,10 @@ async def raises_later(completions, threshold, **kwargs):
             r"raises_for_a_vowel' raised KeyError: 'a', for row \d+ of 16, prompt 'say .*', completion '.*a",
         ),
         (raises_for_many, "raised MemoryError: too many, for 16 completions together"),
+        (
+            returns_too_few,
+            "'returns_too_few' raised ValueError: it returned 15 rewards, .* for 16 completions together",
+        ),
         (raises_later, "'raises_later' raised KeyError: 'a', for one of 16 completions"),
     ],
 )
@@ -374,7 +383,8 @@ def test_a_reward_function_that_raises_is_named_and_costs_nothing(make_trainer, 
     failed = make_trainer(reward_funcs=function)
     with pytest.raises(RewardError, match=f"{message}.* Mend it") as raised:
         failed.train()
-    assert isinstance(raised.value.__cause__, KeyError | MemoryError)
+    assert isinstance(raised.value.__cause__, KeyError | MemoryError | ValueError)
+    assert str(raised.value).endswith("it goes on after step 4, which is saved.")
     resumed = make_trainer()
     resumed.train(resume_from_checkpoint=True)
     # The batch that failed is sampled anew.
@@ -557,3 +567,11 @@ def test_a_target_that_was_set_by_hand_is_obeyed(make_trainer, checkpoint):
     resumed = make_trainer(temperature_target_entropy=2.5, max_steps=8)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert logged(resumed, "target_entropy")[-1] < 2.6
+
+
+def test_a_reward_function_that_raises_at_once_promises_no_checkpoint(make_trainer):
+    def broken(completions, **kwargs):
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match="row 0 of 16.* Mend it, then run the same command again.$"):
+        make_trainer(reward_funcs=broken).train()

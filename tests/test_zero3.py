@@ -261,7 +261,7 @@ def test_a_reward_function_that_raises_on_one_rank_ends_both_and_the_run_is_save
     assert done.returncode != 0
     message = "RewardError: Reward function 'reward_that_fails_on_the_last_rank' raised KeyError: 'a', for row 0 of 8"
     assert done.stderr.count(message) == 2, done.stderr[-4000:]
-    assert (tmp_path / "run" / "checkpoint-4" / "e3_state.json").exists()
+    assert (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").exists(), "its last file"
 
 
 def test_a_process_that_does_not_see_the_others_is_stopped(model_path, tmp_path):

@@ -1,11 +1,15 @@
 """A reward function that raises: said with what it was given, by all processes together, and nothing is lost by it."""
 
 import functools
-import inspect
+import time
 from collections.abc import Callable
 
 import torch
 from accelerate.utils import gather_object
+from trl.trainer.utils import is_async_callable
+
+
+SEARCH_SECONDS = 30  # for the row that a function raised for, while the other processes wait
 
 
 class RewardError(RuntimeError):
@@ -37,12 +41,12 @@ class RewardGuard:
             raise RewardError(messages[0]) from error
 
     def _guarded(self, func: Callable, name: str) -> Callable:
-        if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None)):  # noqa: B004
+        if is_async_callable(func):
 
             @functools.wraps(func)
             async def guarded(prompts, completions, **kwargs):
                 try:
-                    return await func(prompts=prompts, completions=completions, **kwargs)
+                    return _checked(await func(prompts=prompts, completions=completions, **kwargs), len(prompts))
                 except Exception as error:
                     self._note(error, name, f"one of {len(prompts)} completions")
                     return [None] * len(prompts)
@@ -52,7 +56,7 @@ class RewardGuard:
             @functools.wraps(func)
             def guarded(prompts, completions, **kwargs):
                 try:
-                    return func(prompts=prompts, completions=completions, **kwargs)
+                    return _checked(func(prompts=prompts, completions=completions, **kwargs), len(prompts))
                 except Exception as error:
                     self._note(error, name, _first_that_raises(func, prompts, completions, kwargs))
                     return [None] * len(prompts)
@@ -63,19 +67,31 @@ class RewardGuard:
         self._error = error
         self._message = (
             f"Reward function {name!r} raised {type(error).__name__}: {error}, for {what}. Mend it, then run the same "
-            "command again, with resume_from_checkpoint set to true: the run has saved its last whole step."
+            "command again."
         )
 
 
+def _checked(rewards, number: int) -> list:
+    """The rewards as a list; raises what TRL would raise for them, on one process alone."""
+    rewards = list(rewards)
+    if len(rewards) != number:
+        raise ValueError(f"it returned {len(rewards)} rewards, and not one for each of the {number} completions")
+    torch.tensor([torch.nan if reward is None else reward for reward in rewards], dtype=torch.float32)
+    return rewards
+
+
 def _first_that_raises(func: Callable, prompts: list, completions: list, kwargs: dict) -> str:
-    """The first row that it raises for if it gets that one alone."""
+    """The first row that it raises for if it gets that one alone, if it is found in time."""
+    begin = time.monotonic()
     for row in range(len(prompts)):
+        if time.monotonic() - begin > SEARCH_SECONDS:
+            return f"one of {len(prompts)} completions"
         columns = {
             name: value[row : row + 1] if isinstance(value, list) and len(value) == len(prompts) else value
             for name, value in kwargs.items()
         }
         try:
-            func(prompts=prompts[row : row + 1], completions=completions[row : row + 1], **columns)
+            _checked(func(prompts=prompts[row : row + 1], completions=completions[row : row + 1], **columns), 1)
         except Exception:
             return f"row {row} of {len(prompts)}, prompt {_short(prompts[row])}, completion {_short(completions[row])}"
     return f"{len(prompts)} completions together, and for none of them alone"

@@ -34,6 +34,7 @@ class RolloutLog:
 
     def resume(self, step: int) -> None:
         """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
+        self._pending = []
         if self.path.exists():
             os.truncate(self.path, self._end_of(step))
 
@@ -85,14 +86,22 @@ class RolloutLog:
             )
         ]
         self._pending += lines
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = self.path.stat().st_size if self.path.exists() else 0
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written yet."""
+        if not self._pending:
+            return
+        size = None
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a") as file:
                 file.write("".join(self._pending))
         except OSError as error:  # a full disk is no reason to stop: the other processes would wait for this one
             with suppress(OSError):
-                os.truncate(self.path, size)
+                if size is not None:
+                    os.truncate(self.path, size)
             logger.warning(f"{self.path} could not be written ({error}). Its rows come when there is room again.")
         else:
             self._pending = []

@@ -89,7 +89,7 @@ def last_sound_checkpoint(output_dir: str | Path) -> tuple[str | None, dict[str,
     for folder in complete_checkpoints(output_dir):
         try:
             _check_files(Path(folder))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             damaged[folder] = str(error)
         else:
             return folder, damaged

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..method.difficulty import DifficultyTracker
 from ..method.temperature import EntropyWindow
 from ..rollouts.reward_errors import RewardError
+from ..rollouts.telemetry import RolloutLog
 from ..rollouts.vllm import VLLMServerError
 from . import checkpoint as checkpoints
 
@@ -80,6 +81,7 @@ def begin_run(trainer) -> None:
         trainer.entropy_window.reset()
         trainer.num_generation_batches = trainer._step = 0
         trainer._buffered_inputs = None
+        trainer.rollout_log = RolloutLog(trainer.args.output_dir)
     _enter_folder(trainer)
 
 
@@ -100,6 +102,7 @@ def _enter_folder(trainer, old_id: str | None = None, step: int = 0) -> None:
 def save_run(trainer, folder: str) -> None:
     """Write E3's part of a checkpoint: of each process its window, of one what all share."""
     trainer.saved_step = trainer.state.global_step
+    trainer.rollout_log.flush()
     if trainer.window_step != 0:
         checkpoints.save_window(folder, trainer.accelerator.process_index, trainer._buffered_inputs)
     if trainer.args.should_save:
@@ -211,7 +214,13 @@ def saved_if_it_cannot_go_on(trainer) -> Iterator[None]:
     """
     try:
         yield
-    except (RewardError, VLLMServerError):
+    except (RewardError, VLLMServerError) as error:
         if trainer.saved_step != trainer.state.global_step and not trainer.inside_optimizer_step:
             trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+        if isinstance(error, RewardError) and trainer.saved_step > 0:
+            raise RewardError(
+                f"{error} With resume_from_checkpoint set to true it goes on after step {trainer.saved_step}, which "
+                "is saved."
+            ) from error.__cause__
         raise

@@ -1,5 +1,6 @@
 """The properties of E3 through `trainer.train()`."""
 
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -316,7 +317,7 @@ def test_uniform_and_constant_equals_grpo_to_the_last_bit(make_trainer, settings
         {"gradient_checkpointing": True},
         {"log_completions": True},
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_trains_with_what_grpo_offers(make_trainer, settings):
     trainer = make_trainer(max_steps=9, num_generations_step=2, **settings)

@@ -16,6 +16,16 @@ from e3_trl import E3GRPOConfig, E3GRPOTrainer
 # On a model this small a second thread costs more than it brings, and on a busy machine a hundred times more.
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """TRL tells a colocated vLLM its rank and port through the environment, which later tests hand to subprocesses."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 CHARACTERS = string.ascii_lowercase + string.digits + " :"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
 

@@ -6,15 +6,15 @@ import sys
 from . import __version__
 
 
-# Module, its function that takes the arguments, and what it does.
+# The module whose `run` takes the arguments, and what it does.
 COMMANDS = {
-    "train": ("commands.train", "run", "train a model with E3, or with a baseline"),
-    "evaluate": ("commands.evaluate", "run", "pass@1 and pass@k of models on benchmarks"),
-    "prepare-data": ("commands.prepare_data", "run", "make training data, with difficulties, from raw problems"),
-    "plot": ("commands.plot", "main", "draw the figures of runs"),
-    "push": ("commands.push", "main", "upload a finished run to the Hub"),
-    "replay": ("replay", "main", "what other budget rules would have given on a finished run"),
-    "memory": ("commands.memory", "main", "GPU memory that a recipe needs, on paper"),
+    "train": ("commands.train", "train a model with E3, or with a baseline"),
+    "evaluate": ("commands.evaluate", "pass@1 and pass@k of models on benchmarks"),
+    "prepare-data": ("commands.prepare_data", "make training data, with difficulties, from raw problems"),
+    "plot": ("commands.plot", "draw the figures of runs"),
+    "push": ("commands.push", "upload a finished run to the Hub"),
+    "replay": ("replay", "what other budget rules would have given on a finished run"),
+    "memory": ("commands.memory", "GPU memory that a recipe needs, on paper"),
 }
 # Packages that come with an extra of setup.cfg.
 EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
@@ -22,7 +22,7 @@ EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
 
 def usage() -> str:
     lines = [f"e3-trl {__version__}", "", "usage: e3-trl <command> ...   (e3-trl <command> --help says more)", ""]
-    return "\n".join([*lines, *(f"  {name:13} {text}" for name, (_, _, text) in COMMANDS.items())])
+    return "\n".join([*lines, *(f"  {name:13} {text}" for name, (_, text) in COMMANDS.items())])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,15 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
     elif command not in COMMANDS:
         sys.exit(f"There is no command {command!r}.\n\n{usage()}")
     else:
-        module, function, _ = COMMANDS[command]
         try:
-            module = importlib.import_module(f".{module}", __package__)
+            module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
         except ModuleNotFoundError as error:
             if error.name not in EXTRAS:
                 raise
             sys.exit(f"e3-trl {command} needs {error.name}. `pip install 'e3-trl[{EXTRAS[error.name]}]'` brings it.")
         sys.argv = [f"e3-trl {command}", *rest]  # what --help shows
-        getattr(module, function)(rest)
+        module.run(rest)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .commands import mistakes_named
 from .method.budget import RolloutBudgetSchedule
 from .method.budget_rules import RULES, load_rule
 from .method.difficulty import DifficultyTracker
@@ -211,5 +212,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     return results
 
 
+def run(arguments: list[str] | None = None) -> None:
+    with mistakes_named():
+        main(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -307,13 +307,13 @@ class E3GRPOTrainer(GRPOTrainer):
 
     def sample_round(self, prompts: list) -> tuple:
         """What TRL's `_generate` returns, for the newest round of the batch."""
-        batch, spread = self._batch, self.args.temperature_spread
-        self._set_row_temperatures(batch, batch.round.prompt_ids[batch.share_of(batch.round.prompt_ids)])
+        batch, ids = self._batch, self._batch.round.prompt_ids
+        self._set_row_temperatures(batch, ids[batch.share_of(ids)])
         seeded = nullcontext()
         if self.use_vllm:
             key = [self.args.seed, 0, batch.index, len(batch.rounds)]
-            temperatures = self.temperature_of(batch, batch.round.prompt_ids) if spread > 0 else None
-            seeded = self.vllm_generation.seeded(key, batch.round.prompt_ids, temperatures)
+            temperatures = self.temperature_of(batch, ids) if self.args.temperature_spread > 0 else None
+            seeded = self.vllm_generation.seeded(key, ids, temperatures)
         with seeded:
             output = super()._generate(share_copies(self, prompts))
         prompt_ids, completion_ids, tool_mask, *_ = output

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from e3_trl.commands.memory import main
+from e3_trl.commands.memory import run
 
 
 # The other baselines need what GRPO needs.
@@ -13,4 +13,4 @@ RECIPES = sorted(
 )
 
 if __name__ == "__main__":
-    main(default=RECIPES)
+    run(default=RECIPES)

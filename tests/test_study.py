@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.study import report, run
+from benchmarks.study import foretell, report, run
+from e3_trl.rollouts.telemetry import RolloutLog
 
 
 @pytest.fixture
@@ -53,6 +54,24 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     report.main(report.Arguments(study_dir=str(tmp_path / "gone"), **folders))
     assert json.loads((tmp_path / "results" / "study.json").read_text()) == found
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["study_pass_at_k.png"]
+
+
+def test_what_replay_foretells_is_set_beside_what_runs_had(tmp_path):
+    rows = {"grpo": [(4, 0), (4, 2)] * 2, "e3_knapsack": [(2, 0), (6, 3)] * 2}
+    for seed in range(2):
+        for method, budgets in rows.items():
+            log = RolloutLog(tmp_path / "rules" / f"seed{seed}" / method)
+            for step in range(2):
+                (first, right), (second, others) = budgets[2 * step : 2 * step + 2]
+                names = ("prompt_id", "rollouts", "correct", "tokens")
+                columns = map(np.array, ([0, 1], [first, second], [right, others], [1, 1]))
+                log.append(step + 1, dict(zip(names, columns, strict=True)), np.full(2, 0.5), np.ones(2))
+    output = tmp_path / "foretell.json"
+    foretell.main(foretell.Arguments(study_dir=str(tmp_path), output=str(output)))
+    (found,) = json.loads(output.read_text()).values()
+    assert found["signal"]["measured"] == pytest.approx(6 / 8 - 4 / 8)
+    assert found["all_wrong"]["measured"] == 0
+    assert found["signal"]["foretold"] > 0, "more for the prompt that is sometimes solved"
 
 
 def test_what_is_not_in_the_study_is_named(small_study):

@@ -212,6 +212,16 @@ def table(title: str, numbers: dict, comparison: dict, costs: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def e3_table(comparison: dict[str, dict]) -> str:
+    """Markdown: what a change to E3 changes, against E3 on the same seed."""
+    names = ["pass@1", "pass@16", "pass@64", "all-wrong"]
+    lines = ["| less E3 on the same seed | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    for method, intervals in comparison.items():
+        cells = ["{mean:+.3f} ({low:+.3f}, {high:+.3f})".format(**intervals[name]) for name in names]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
     """A panel per task: means over seeds, bands of two standard errors."""
     figure = Figure(figsize=(4.2 * len(tasks), 4), layout="constrained")
@@ -262,7 +272,7 @@ def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, 
 
 
 def main(args: Arguments) -> None:
-    tasks, comparisons, costs = {}, {}, {}
+    tasks, comparisons, to_e3, costs = {}, {}, {}, {}
     text = "# The study\n\nMade by `python -m benchmarks.study.report`; what the columns mean stands at the end.\n\n"
     study = read_study(str(STUDY))
     results, figures = Path(args.results_dir), Path(args.figures_dir)
@@ -280,9 +290,14 @@ def main(args: Arguments) -> None:
         comparisons[task] = {m: compare(numbers[m], grpo) for m in compared}
         costs[task] = {m: cost(numbers[m], grpo) for m in numbers if m != "base"}
         text += table(TITLES.get(task, task), numbers, comparisons[task], costs[task]) + "\n"
+        variants = [m for m in compared if m.startswith("e3_") and "e3" in compared]
+        to_e3[task] = {m: compare(numbers[m], numbers["e3"]) for m in variants}
+        if to_e3[task]:
+            text += e3_table(to_e3[task]) + "\n"
     for folder in (results, figures):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(results / "study.json", {"runs": tasks, "difference_to_grpo": comparisons, "cost": costs})
+    differences = {"difference_to_grpo": comparisons, "difference_to_e3": to_e3}
+    write_json(results / "study.json", {"runs": tasks, **differences, "cost": costs})
     (results / "study.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / "study_pass_at_k.png")
     first = next(iter(tasks))

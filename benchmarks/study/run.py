@@ -88,12 +88,8 @@ def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job], list[J
         for seed in range(args.first_seed, args.first_seed + (args.seeds or of_task["seeds"])):
             bases.append(Job(args.config, args.output_dir, task, seed))
             runs += [Job(args.config, args.output_dir, task, seed, method) for method in methods]
-    many = [
-        replace(job, is_sampling=True)
-        for job in bases + runs
-        if job.method is None or job.method in study.get("many_samples", [])
-    ]
-    return bases, sorted(runs, key=lambda job: job.seed), many if study.get("many_samples") else []
+    many = [replace(job, is_sampling=True) for job in bases + runs if job.method in study.get("many_samples", [])]
+    return bases, sorted(runs, key=lambda job: job.seed), many
 
 
 def count_correct(

@@ -169,7 +169,7 @@ def table(recipes: list[Path], hub: bool = False, gpus: tuple[int, int, int] | N
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None, default: list[Path] | None = None) -> None:
+def run(arguments: list[str] | None = None, default: list[Path] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=default, required=not default, help="recipes")
     parser.add_argument("--hub", action="store_true", help="read the models' configs from the Hub")

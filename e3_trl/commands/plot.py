@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runs.figures import draw_formula, draw_runs
+from . import mistakes_named
 
 
 MODEL = "outputs/quickstart-base"
@@ -81,3 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(f"No figure of Eq. 4: {MODEL} is not there. Name a model with --model.")
     print("Written: " + " ".join(map(str, written)))
+
+
+def run(arguments: list[str] | None = None) -> None:
+    with mistakes_named():
+        main(arguments)

@@ -12,7 +12,7 @@ from ..runs.describe import REPORT_FILE, read_report, read_settings, write_json
 from ..runs.publishing import HubError, publish
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the run's output_dir")
     parser.add_argument(

@@ -8,6 +8,7 @@ The second trains in this process, or in those of an accelerate configuration. E
 `E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on the command line, which wins.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -148,15 +149,15 @@ def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args
 
 
 def run(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--accelerate_config" in arguments:
-        place = arguments.index("--accelerate_config")
-        rest = arguments[:place] + arguments[place + 2 :]
-        command = ["--config_file", *arguments[place + 1 : place + 2], "-m", __name__, *rest]
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--accelerate_config")
+    own, rest = launcher.parse_known_args(arguments)
+    if own.accelerate_config is not None:
+        command = ["--config_file", own.accelerate_config, "-m", "e3_trl.commands.train", *rest]
         launch_command(launch_command_parser().parse_args(command))
         return
     with mistakes_named():
-        script_args, *others = make_parser().parse_args_and_config(arguments)
+        script_args, *others = make_parser().parse_args_and_config(rest)
         trainer = make_trainer(script_args, *others)
     train(trainer, script_args)
 

@@ -33,6 +33,7 @@ from .rollouts.telemetry import RolloutLog, log_rollouts
 from .rollouts.temperature import LiveTemperature, RowTemperatures, connect
 from .rollouts.vllm import RolloutGeneration, server_errors_named
 from .runs.checkpoint import dataset_fingerprint
+from .runs.dashboards import DASHBOARDS, DashboardCallback
 from .runs.describe import describe_run
 from .runs.publishing import complete_model_card
 from .runs.state import begin_run, choose_checkpoint, resume_run, save_run, saved_if_it_cannot_go_on
@@ -166,6 +167,8 @@ class E3GRPOTrainer(GRPOTrainer):
         if args.temperature_schedule == "entropy":
             schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
             self.add_callback(TemperatureCallback(self, schedule))
+        if set(DASHBOARDS) & set(args.report_to):
+            self.callback_handler.callbacks.insert(0, DashboardCallback(self))  # it has to come before theirs
 
     # --- what callbacks, and the methods in `rollouts/`, use
 

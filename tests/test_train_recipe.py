@@ -1,16 +1,22 @@
 """recipes/train.py as a user calls it."""
 
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import make_dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from e3_trl import read_rollouts
 from e3_trl.commands import train
+from e3_trl.runs import figures, validation
 
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +58,11 @@ def recipe(model_path, tmp_path):
     return write
 
 
-def run(command, *arguments):
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(command, *arguments, **environment):
+    environment = os.environ | environment
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def history(tmp_path):
@@ -70,6 +79,66 @@ def test_trains_saves_and_resumes(recipe, tmp_path):
     done = run(command, "--resume_from_checkpoint", "true")
     assert done.returncode == 0, done.stderr
     assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_dashboards_get_histograms_and_figures(recipe, tmp_path):
+    command = recipe(
+        report_to=["trackio", "tensorboard"], project="e3", run_name="first", logging_steps=2, max_steps=8
+    )
+    done = run(command, TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_rollouts(tmp_path / "run") if row["difficulty"] is not None]
+    expected = {  # tenths of the difficulty, of the rollouts of two steps
+        step: np.histogram(
+            [row["difficulty"] - 1e-9 for row in rows if row["step"] in (step - 1, step)],
+            weights=[row["rollouts"] for row in rows if row["step"] in (step - 1, step)],
+            bins=10,
+            range=(0, 1),
+        )[0].tolist()
+        for step in (6, 8)
+    }
+    assert sum(map(sum, expected.values())) == 4 * 16, "all of the second pass"
+
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    histograms = {event.step: event.histogram_value for event in events.Histograms("train/rollouts/by_difficulty")}
+    assert {step: sum(value.bucket) for step, value in histograms.items()} == {6: 32, 8: 32}
+    for step, value in histograms.items():
+        filled = [round(10 * limit) - 1 for limit, n in zip(value.bucket_limit, value.bucket, strict=True) if n]
+        assert filled == [tenth for tenth, n in enumerate(expected[step]) if n]
+    drawn = {f"figures/{path.stem}" for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert drawn >= {"figures/entropy", "figures/temperature", "figures/budgets"}
+    assert set(events.Tags()["images"]) == drawn
+
+    with sqlite3.connect(tmp_path / "trackio" / "e3.db") as database:
+        logged = [(step, json.loads(row)) for step, row in database.execute("SELECT step, metrics FROM metrics")]
+    steps = [step for step, row in logged if "train/rollouts/max" in row]
+    assert steps == [2, 4, 6, 8], "the histograms have not shifted the metrics"
+    name = "train/rollouts/by_difficulty"
+    assert {row["train/global_step"]: row[name]["values"] for _, row in logged if name in row} == expected
+    (images,) = [row for _, row in logged if "figures/entropy" in row]
+    assert drawn <= set(images)
+    for name in drawn:
+        assert (tmp_path / "trackio" / "media" / images[name]["file_path"]).stat().st_size > 10_000
+
+
+def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(make_trainer, monkeypatch):
+    monkeypatch.setattr(validation, "get_available_reporting_integrations", list)
+    with pytest.raises(ValueError, match=r"report_to is \['wandb'\], and wandb is not installed. `pip install wandb`"):
+        make_trainer(model="no/such/model", report_to="wandb")
+    with pytest.raises(ValueError, match="tensorbord is not supported"):
+        make_trainer(model="no/such/model", report_to="tensorbord")
+
+
+def test_figures_that_cannot_be_drawn_cost_nothing(make_trainer, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(figures, "draw_runs", fail)
+    trainer = make_trainer(report_to="tensorboard", max_steps=2)
+    assert trainer.train().global_step == 2
+    assert "The figures could not be sent to tensorboard: OSError('No space left on device')" in caplog.text
 
 
 def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):

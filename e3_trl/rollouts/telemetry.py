@@ -26,10 +26,15 @@ class RolloutLog:
 
     Args:
         folder (`str` or `Path`): the run's output folder.
+
+    Attributes:
+        by_difficulty (`np.ndarray` of shape `(10,)`):
+            Rollouts in each tenth of the difficulties, since a [`DashboardCallback`] took them last.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE_NAME
+        self.by_difficulty = np.zeros(10, dtype=np.int64)
         self._pending: list[str] = []
 
     def resume(self, step: int) -> None:
@@ -86,6 +91,9 @@ class RolloutLog:
             )
         ]
         self._pending += lines
+        ranked = np.isfinite(difficulty)
+        tenths = np.ceil(10 * difficulty[ranked]).clip(1, 10).astype(np.int64) - 1
+        self.by_difficulty += np.bincount(tenths, weights=counts["rollouts"][ranked], minlength=10).astype(np.int64)
         self.flush()
 
     def flush(self) -> None:

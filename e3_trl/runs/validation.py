@@ -6,9 +6,11 @@ import warnings
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl.trainer.utils import get_callable_name
 
 from ..config import E3GRPOConfig
+from .dashboards import DASHBOARDS
 
 
 # Tokens that TRL lets vLLM read at once. With chunked prefill off, which request seeds need on a CPU, longer prompts
@@ -47,6 +49,15 @@ def check_run(
         raise TypeError(
             f"args is a {type(args).__name__}, which has none of E3's settings. Use E3GRPOConfig: it takes the same "
             "arguments, and those of E3."
+        )
+    get_reporting_integration_callbacks(args.report_to)  # says which there are
+    missing = [
+        name for name in DASHBOARDS if name in args.report_to and name not in get_available_reporting_integrations()
+    ]
+    if missing:
+        raise ValueError(
+            f"report_to is {args.report_to}, and {missing[0]} is not installed. `pip install {missing[0]}`, or set "
+            "report_to to none."
         )
     if fixed_columns:
         callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]

@@ -36,7 +36,14 @@ from .runs.checkpoint import dataset_fingerprint
 from .runs.dashboards import DASHBOARDS, DashboardCallback
 from .runs.describe import describe_run
 from .runs.publishing import complete_model_card
-from .runs.state import begin_run, choose_checkpoint, resume_run, save_run, saved_if_it_cannot_go_on
+from .runs.state import (
+    begin_run,
+    choose_checkpoint,
+    full_disk_named,
+    resume_run,
+    save_run,
+    saved_if_it_cannot_go_on,
+)
 from .runs.validation import check_run, difficulty_reward_index, initial_difficulty
 
 
@@ -416,9 +423,10 @@ class E3GRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # Before TRL's part, whose last file marks the checkpoint as complete.
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        save_run(self, os.path.join(self._get_output_dir(trial), folder))
-        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with full_disk_named(self, folder):
+            save_run(self, folder)
+            super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,54 @@ def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
         (checkpoint / "e3_state.json").write_text("{")
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_clock_that_goes_back_deletes_no_newest_checkpoint(make_trainer, monkeypatch):
+    """Here it goes back by an hour after each checkpoint."""
+    now, back = time.time, 0.0
+
+    class GoBack(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            nonlocal back
+            back += 3600
+            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+                later = checkpoint.stat().st_mtime + 3600
+                os.utime(checkpoint, (later, later))
+
+    monkeypatch.setattr(time, "time", lambda: now() - back)
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    run = make_trainer(max_steps=6, callbacks=[GoBack()], **settings)
+    run.train()
+    assert steps_of(Path(run.args.output_dir)) == [4, 6]
+    resumed = make_trainer(max_steps=8, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[5]["step"] == 6
+    assert steps_of(Path(run.args.output_dir)) == [6, 8]
+
+
+@pytest.mark.parametrize("limit", [50_000, 150_000], ids=["safetensors", "torch"])
+def test_a_checkpoint_that_the_disk_does_not_hold(make_trainer, limit):
+    """No file may get longer: the model's, or with more room the optimizer's, cannot be written whole."""
+
+    class FillDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    run = make_trainer(max_steps=8, callbacks=[FillDisk()], **settings)
+    folder = Path(run.args.output_dir)
+    try:
+        with pytest.raises(RuntimeError, match=f"{folder}/checkpoint-6 could not be .* from {folder}/checkpoint-4."):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert steps_of(folder) == [2, 4], "nothing takes room that nobody can go on from"
+    resumed = make_trainer(max_steps=8, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps_of(folder) == [2, 4, 6, 8]
+    assert [row["step"] for row in rows(resumed)] == [step for step in range(1, 9) for _ in range(4)]
 
 
 def test_a_run_that_is_terminated_saves_and_goes_on(make_trainer):

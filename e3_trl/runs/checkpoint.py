@@ -14,6 +14,7 @@ that a run goes back behind, moves to `_earlier/<number>` when the run begins.
 import hashlib
 import json
 import os
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,17 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
     """What transformers takes for checkpoints: a user's `checkpoint-best` is none."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     return [folder for folder in folders if folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()]
+
+
+def keep_order(output_dir: str | Path) -> None:
+    """
+    Let checkpoints of earlier steps look older than what is written now. `save_total_limit` deletes by the folders'
+    times, and after the clock went back, or a copy changed them, it would delete the newest.
+    """
+    latest = time.time()
+    for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
+        latest = min(latest - 1, folder.stat().st_mtime)
+        os.utime(folder, (latest, latest))
 
 
 def _global_step(path: Path) -> int:

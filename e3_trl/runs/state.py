@@ -1,5 +1,7 @@
 """What of a trainer is in its checkpoints, and how a run begins, goes on and ends early. Functions of the trainer."""
 
+import errno
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..method.difficulty import DifficultyTracker
@@ -106,8 +109,31 @@ def save_run(trainer, folder: str) -> None:
     if trainer.window_step != 0:
         checkpoints.save_window(folder, trainer.accelerator.process_index, trainer._buffered_inputs)
     if trainer.args.should_save:
+        checkpoints.keep_order(trainer.args.output_dir)
         tracker = trainer.difficulty_tracker
         checkpoints.save_state(folder, _state_dict(trainer), {} if tracker is None else tracker.state_dict())
+
+
+@contextmanager
+def full_disk_named(trainer, folder: str) -> Iterator[None]:
+    """
+    Inside, a checkpoint is written. If the disk cannot hold it, what was written of it is removed, and the user told
+    what to do: from torch's message nobody would guess the cause.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch's writer of archives
+        if not full and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        if trainer.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        whole = next(iter(checkpoints.complete_checkpoints(trainer.args.output_dir)), None)
+        raise RuntimeError(
+            f"{folder} could not be written to its end: {error}. Make room on its disk (save_total_limit: 2 keeps the "
+            "last two checkpoints), then run the same command "
+            + (f"with resume_from_checkpoint set to true: it goes on from {whole}." if whole else "again.")
+        ) from error
 
 
 def _state_dict(trainer) -> dict:

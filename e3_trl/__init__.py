@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .method.temperature import TemperatureSchedule
     from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
     from .rollouts.sampler import RolloutBudgetSampler
-    from .rollouts.telemetry import read_rollouts
+    from .rollouts.telemetry import read_rollout_columns, read_rollouts
     from .trainer import E3GRPOTrainer
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ _MODULES = {
     "math_accuracy_reward": "rewards",
     "math_reasoning_accuracy_reward": "rewards",
     "pass_at_k": "evaluation.metrics",
+    "read_rollout_columns": "rollouts.telemetry",
     "read_rollouts": "rollouts.telemetry",
 }
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "math_accuracy_reward",
     "math_reasoning_accuracy_reward",
     "pass_at_k",
+    "read_rollout_columns",
     "read_rollouts",
 ]
 

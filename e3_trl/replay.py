@@ -24,7 +24,7 @@ from .commands import mistakes_named
 from .method.budget import RolloutBudgetSchedule
 from .method.budget_rules import RULES, load_rule
 from .method.difficulty import DifficultyTracker
-from .rollouts.telemetry import read_rollouts
+from .rollouts.telemetry import read_rollout_columns
 from .runs.describe import read_settings, write_json
 
 
@@ -50,19 +50,19 @@ class Batch:
     correct: np.ndarray
 
 
-def read_batches(rows: list[dict]) -> list[Batch]:
-    """The batches of `rollouts.jsonl`. A new pass begins with a batch that has a prompt of this pass once more."""
-    by_step: dict[int, list[dict]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
-    batches, seen, number = [], set(), 0
-    for of_step in by_step.values():
-        ids = {row["prompt_id"] for row in of_step}
-        if ids & seen:
-            seen, number = set(), number + 1
-        seen |= ids
-        columns = [np.array([row[name] for row in of_step]) for name in ("prompt_id", "rollouts", "correct")]
-        batches.append(Batch(number, *columns))
+def read_batches(path: str | Path) -> list[Batch]:
+    """A run's batches, from its `rollouts.jsonl`. With a batch that has a prompt for the second time a pass begins."""
+    rows = read_rollout_columns(path)
+    if not len(rows["step"]):
+        return []
+    begins = np.flatnonzero(np.diff(rows["step"])) + 1
+    columns = [np.split(rows[name], begins) for name in ("prompt_id", "rollouts", "correct")]
+    batches, number = [], 0
+    last_pass = np.full(rows["prompt_id"].max() + 1, -1)  # that each prompt was in
+    for prompt_ids, rollouts, correct in zip(*columns, strict=True):
+        number += bool((last_pass[prompt_ids] == number).any())
+        last_pass[prompt_ids] = number
+        batches.append(Batch(number, prompt_ids, rollouts, correct))
     return batches
 
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     run = Path(args.run)
     if not run.exists():
         parser.error(f"{run} is not there. Name a run's folder, or its rollouts.jsonl.")
-    batches = read_batches(read_rollouts(run))
+    batches = read_batches(run)
     if not batches:
         parser.error(f"{run} holds no whole row. Name a run that has sampled a batch.")
     settings = (read_settings(run) if run.is_dir() else None) or {}

@@ -8,6 +8,7 @@ import pytest
 from e3_trl import TemperatureSchedule
 from e3_trl.commands.plot import main
 from e3_trl.method.temperature import exact_temperature, mean_entropy
+from e3_trl.rollouts.telemetry import RolloutLog
 from e3_trl.runs.describe import read_benchmarks
 from e3_trl.runs.figures import Run, draw_formula, draw_runs, group_runs
 
@@ -112,6 +113,30 @@ def test_draws_validation_and_pass_at_k(write_run, monkeypatch, tmp_path):
     draw_runs([folder, report], tmp_path)
     np.testing.assert_allclose(drawn(figures["validation"].axes[0].lines)["a"], [0.3])
     np.testing.assert_allclose(drawn(figures["pass_at_k"].axes[0].lines)["DAPO"], [0.2, 0.5])
+
+
+def test_budgets_of_a_long_run(write_run, monkeypatch, tmp_path):
+    """A panel per pass, but not of a hundred passes, nor with a hundred thousand points."""
+    figures = {}
+    monkeypatch.setattr(
+        "e3_trl.runs.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
+    )
+    folder = write_run("a")
+    counts = {name: np.arange(3000) % 5 for name in ("prompt_id", "rollouts", "correct", "tokens")}
+    log = RolloutLog(folder)
+    for step in (1, 4, 6, 11, 16):
+        log.append(step, counts, np.full(3000, np.nan if step < 6 else 0.5), np.ones(3000))
+    draw_runs([folder], tmp_path / "figures")
+    assert [axes.get_title() for axes in figures["budgets"].axes] == ["pass 1", "pass 2", "pass 3", "pass 4"]
+    for axes in figures["budgets"].axes:
+        points = axes.collections[0].get_offsets()
+        assert len(points) == 2000
+        assert set(points[:, 1]) == {0, 1, 2, 3, 4}
+    for step in range(21, 500, 5):
+        log.append(step, counts, np.full(3000, 0.5), np.ones(3000))
+    draw_runs([folder], tmp_path / "figures")
+    titles = [axes.get_title() for axes in figures["budgets"].axes]
+    assert (titles[0], titles[-1], len(titles)) == ("pass 1", "pass 100", 8)
 
 
 def test_writes_png_and_removes_what_no_longer_holds(write_run, tmp_path):

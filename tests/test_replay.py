@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from e3_trl import RolloutBudgetSchedule, read_rollouts
+from e3_trl import RolloutBudgetSchedule
 from e3_trl.replay import Batch, budgets_by_rule, chance_of_none, fit_beta, main, measured, read_batches, replay
 
 
@@ -57,7 +57,7 @@ def test_it_predicts_what_a_second_run_of_the_same_policy_gives(rule):
 def test_it_gives_the_budgets_that_the_run_had(make_trainer):
     trainer = make_trainer(rollout_allocation="knapsack")
     trainer.train()
-    batches = read_batches(read_rollouts(trainer.args.output_dir))
+    batches = read_batches(trainer.args.output_dir)
     assert [batch.number for batch in batches] == [0] * 4 + [1] * 4 + [2] * 4
     schedule = trainer.args.make_budget_schedule()
     for batch, budgets in zip(batches, budgets_by_rule(batches, "knapsack", schedule), strict=True):

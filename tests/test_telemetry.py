@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e3_trl import read_rollouts
+from e3_trl import read_rollout_columns, read_rollouts
 from e3_trl.rollouts.telemetry import RolloutLog, rollout_counts, rollout_metrics
 
 
@@ -60,6 +60,43 @@ def test_rows_read_back(tmp_path):
         "difficulty": None,
         "temperature": 0.9,
     }
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                **{name: st.integers(0, 2**40) for name in ("step", "prompt_id", "rollouts", "correct", "tokens")},
+                "difficulty": st.none() | st.floats(0, 1),
+                "temperature": st.floats(0.1, 2),
+            }
+        ),
+        max_size=60,
+    ),
+    st.integers(0, 80),
+)
+def test_columns_are_those_of_the_rows(rows, cut):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with tempfile.TemporaryDirectory() as folder:
+        RolloutLog(folder).path.write_text(text[: max(0, len(text) - cut)])
+        expected, columns = read_rollouts(folder), read_rollout_columns(folder)
+    assert set(columns) == {"step", "prompt_id", "rollouts", "correct", "tokens", "difficulty", "temperature"}
+    for name, column in columns.items():
+        values = [NAN if row[name] is None else row[name] for row in expected]
+        np.testing.assert_array_equal(column, np.array(values, dtype=column.dtype))
+
+
+def test_columns_of_many_rows_of_which_the_first_have_no_difficulty(tmp_path):
+    """pyarrow reads blocks of a megabyte, and would guess a type for each."""
+    log = RolloutLog(tmp_path)
+    rows = {name: np.arange(20_000) for name in ("prompt_id", "rollouts", "correct", "tokens")}
+    for step, difficulty in ((1, NAN), (2, 0.25)):
+        log.append(step, rows, np.full(20_000, difficulty), np.ones(20_000))
+    columns = read_rollout_columns(log.path)
+    assert np.isnan(columns["difficulty"][:20_000]).all()
+    assert (columns["difficulty"][20_000:] == 0.25).all()
+    assert columns["tokens"].tolist() == [*range(20_000)] * 2
+    assert columns["tokens"].dtype == columns["step"].dtype == np.int64
 
 
 def test_a_full_disk_costs_no_row(tmp_path, caplog):

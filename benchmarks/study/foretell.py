@@ -14,7 +14,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from benchmarks.study.run import STUDY, read_study
-from e3_trl import RolloutBudgetSchedule, read_rollouts
+from e3_trl import RolloutBudgetSchedule
 from e3_trl.replay import budgets_by_rule, measured, read_batches, replay
 from e3_trl.runs.describe import write_json
 
@@ -38,7 +38,7 @@ class Arguments:
 
 def changes(folder: Path, method: str, settings: dict) -> tuple[list[float], list[float]]:
     """Foretold and measured change of each of `NAMES`, of one seed."""
-    batches, others = (read_batches(read_rollouts(folder / name)) for name in ("grpo", method))
+    batches, others = (read_batches(folder / name) for name in ("grpo", method))
     rule, prior = settings.get("rollout_allocation", "rank"), settings.get("success_prior", 0.0)
     schedule = RolloutBudgetSchedule(round(batches[0].rollouts.mean()))
     as_it_was = replay(batches, [batch.rollouts for batch in batches])

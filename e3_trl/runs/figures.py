@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..method.temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
-from ..rollouts.telemetry import FILE_NAME, read_rollouts
+from ..rollouts.telemetry import FILE_NAME, read_rollout_columns
 from .describe import read_benchmarks, read_log, read_report, read_settings
 
 
@@ -270,18 +270,23 @@ def _draw_pass_at_k(methods: dict[str, list[Run]]) -> Figure | None:
 
 
 def _draw_budgets(run: Run) -> Figure | None:
-    """Rollouts by difficulty, one panel per pass."""
+    """Rollouts by difficulty, a panel per pass: of up to 8 passes, and of 2,000 prompts of each."""
     if not (run.path / FILE_NAME).is_file() or run.steps_per_pass is None:
         return None
-    by_pass = defaultdict(list)
-    for row in read_rollouts(run.path):
-        by_pass[(row["step"] - 1) // run.steps_per_pass].append(row)
-    figure = Figure(figsize=(3 * len(by_pass), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(by_pass), sharey=True, squeeze=False)[0]
-    for (index, rows), axes in zip(sorted(by_pass.items()), panels, strict=True):
-        difficulty = [0.5 if row["difficulty"] is None else row["difficulty"] for row in rows]
-        axes.scatter(difficulty, [row["rollouts"] for row in rows], s=8, alpha=0.4)
-        axes.set(title=f"pass {index + 1}", xlim=(0, 1.02), xlabel="not ranked yet" if index == 0 else "difficulty k")
+    rows = read_rollout_columns(run.path)
+    passes = (rows["step"] - 1) // run.steps_per_pass
+    if not len(passes):
+        return None
+    shown = np.unique(np.linspace(0, passes[-1], 8).round().astype(int)) if passes[-1] >= 8 else np.unique(passes)
+    figure = Figure(figsize=(3 * len(shown), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for number, axes in zip(shown, panels, strict=True):
+        places = np.flatnonzero(passes == number)
+        places = np.random.default_rng(0).permutation(places)[:2000]
+        difficulty = np.nan_to_num(rows["difficulty"][places], nan=0.5)
+        axes.scatter(difficulty, rows["rollouts"][places], s=8, alpha=0.4)
+        label = "not ranked yet" if number == 0 else "difficulty k"
+        axes.set(title=f"pass {number + 1}", xlim=(0, 1.02), xlabel=label)
     panels[0].set(ylabel="rollouts of a prompt", ylim=(0, None))
     return figure
 

@@ -122,6 +122,37 @@ def test_a_mistake_is_one_message(recipe, changes, message, monkeypatch, tmp_pat
         cli.main(arguments)
 
 
+def test_an_accelerate_configuration_that_is_not_there_is_named():
+    with pytest.raises(SystemExit, match="accelerate_config is 'zero4'. Give a file, or one of cpu, .*zero3_8gpu"):
+        cli.main(["train", "--accelerate_config", "zero4", "--config", "recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"), [("memory", "deepspeed", "deepspeed"), ("plot", "matplotlib", "figures")]
+)
+def test_a_package_that_is_not_installed_is_named(command, package, extra, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("e3_trl.commands", "e3_trl.runs.figures"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
+    with pytest.raises(
+        SystemExit, match=f"e3-trl {command} needs {package}. `pip install 'e3-trl.{extra}.'` brings it."
+    ):
+        cli.main([command, "--help"])
+
+
+class Without:
+    """An importer of an environment without a package."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def test_memory_of_a_recipe_of_ones_own(recipe, capsys):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     path = recipe(vllm_max_model_length=64)
@@ -152,11 +183,16 @@ def installed(tmp_path_factory) -> Path:
 
 def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     command = [sys.executable, str(installed / "bin" / "e3-trl")]
-    arguments = ["train", "--accelerate_config", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--config", recipe()]
+    arguments = ["train", "--accelerate_config", "cpu", "--config", recipe()]
     done = run(*command, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert str(installed / "e3_trl" / "__init__.py") in done.stdout.splitlines(), "not the clone's"
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 8
+    typo = recipe(num_generation=4)
+    done = run(*command, *arguments[:3], "--config", typo, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 1
+    assert "num_generation" in done.stderr
+    assert "Traceback" not in done.stderr
     done = run(*command, "plot", "run", "--output_dir", "figures", cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "figures").glob("*.png"))

@@ -2,15 +2,17 @@
 Train a model with E3, or with one of its baselines: the recipe decides.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py --config recipes/<recipe>.yaml
-    e3-trl train --config my_recipe.yaml [--accelerate_config accelerate_configs/zero3_4gpu.yaml]
+    e3-trl train --config my_recipe.yaml [--accelerate_config zero3_4gpu]
 
-The second trains in this process, or in those of an accelerate configuration. Every field of `E3ScriptArguments`,
-`E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on the command line, which wins.
+The second trains in this process, or in those of an accelerate configuration: a file, or one that comes with e3_trl,
+by its name. Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on
+the command line, which wins.
 """
 
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +143,30 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((E3ScriptArguments, E3GRPOConfig, ModelConfig))
+    return TrlParser(
+        (E3ScriptArguments, E3GRPOConfig, ModelConfig),
+        usage="%(prog)s --config RECIPE [--accelerate_config FILE_OR_NAME] [--FIELD VALUE ...]",
+        description=f"Train as the YAML file RECIPE says; fields given here win. With an accelerate configuration, a "
+        f"file or one of {', '.join(accelerate_configs())}, in the processes that it describes.",
+    )
+
+
+def accelerate_configs() -> dict[str, str]:
+    """The accelerate configurations that come with the package, by name."""
+    folder = Path(__file__).parent.parent / "accelerate_configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def launch(config: str, arguments: list[str]) -> None:
+    """Train in the processes of an accelerate configuration: a file, or one that comes with the package."""
+    config = accelerate_configs().get(config, config)
+    if not Path(config).is_file():
+        raise ValueError(f"accelerate_config is {config!r}. Give a file, or one of {', '.join(accelerate_configs())}.")
+    command = ["--config_file", config, "-m", "e3_trl.commands.train", *arguments]
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except subprocess.CalledProcessError as error:  # of one process, which has said why
+        sys.exit(error.returncode)
 
 
 def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
@@ -153,8 +178,8 @@ def run(arguments: list[str] | None = None) -> None:
     launcher.add_argument("--accelerate_config")
     own, rest = launcher.parse_known_args(arguments)
     if own.accelerate_config is not None:
-        command = ["--config_file", own.accelerate_config, "-m", "e3_trl.commands.train", *rest]
-        launch_command(launch_command_parser().parse_args(command))
+        with mistakes_named():
+            launch(own.accelerate_config, rest)
         return
     with mistakes_named():
         script_args, *others = make_parser().parse_args_and_config(rest)

@@ -150,3 +150,21 @@ def test_each_row_is_sampled_at_its_own_temperature_and_the_others_at_the_traine
     for prompt in dataset["prompt"][:4]:  # in whatever order
         expected = next_token_probs(trainer, model, prompt, 1.0)
         assert sum(torch.allclose(row, expected, atol=1e-5) for row in drawn[evaluated]) == 2
+
+
+def test_a_reward_function_that_asks_the_policy_gets_it_as_it_is(make_trainer, model_path):
+    plain = AutoModelForCausalLM.from_pretrained(model_path)
+    ids = torch.arange(4, 12)[None]
+    answers = []
+
+    @torch.no_grad()
+    def ask_policy(completions, **kwargs):
+        answers.append(trainer.model.base_model(ids).last_hidden_state)
+        return [float(len(text) % 2) for text in completions]
+
+    settings = {"temperature_spread": 1.5, "learning_rate": 0.0, "max_steps": 2}
+    trainer = make_trainer(**KNOWN, **settings, reward_funcs=ask_policy)
+    trainer.train()
+    assert len(answers) == 2
+    for answer in answers:
+        assert torch.allclose(answer, plain.base_model(ids).last_hidden_state, atol=1e-5)

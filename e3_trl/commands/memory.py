@@ -80,9 +80,12 @@ def read_recipe(path: Path) -> dict:
     """What stands in a recipe, and the defaults of what does not."""
     defaults = {field.name: field.default for field in fields(GRPOConfig)}
     recipe = defaults | yaml.safe_load(path.read_text())
-    for name in ("model_name_or_path", "vllm_max_model_length"):
+    for name, what in {
+        "model_name_or_path": "the model",
+        "vllm_max_model_length": "tokens of the longest prompt and completion together, with vLLM or without",
+    }.items():
         if recipe.get(name) is None:
-            raise ValueError(f"{path} does not set {name}. Set it: memory depends on it.")
+            raise ValueError(f"{path} does not set {name}. Set it: memory depends on it ({what}).")
     return recipe
 
 

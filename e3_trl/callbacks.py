@@ -78,16 +78,18 @@ class TerminationCallback(TrainerCallback):
     process when its own timer says so.
 
     Attributes:
+        has_begun (`bool`): whether all is loaded and the training under way.
         is_terminated (`bool`): whether the training was ended so, on all processes alike.
     """
 
     def __init__(self):
-        self.is_terminated = self._received = False
+        self.has_begun = self.is_terminated = self._received = False
 
     def _note(self, number, frame):
         self._received = True
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.has_begun = True
         self.is_terminated = self._received = False
         self._before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL  # None = not Python's own
 

@@ -424,7 +424,7 @@ class E3GRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         # Before TRL's part, whose last file marks the checkpoint as complete.
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with full_disk_named(self, folder):
+        with full_disk_named(folder):
             save_run(self, folder)
             super()._save_checkpoint(model, trial)
 

@@ -1,5 +1,6 @@
 """A run that is killed and resumed goes on number for number."""
 
+import errno
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -346,9 +348,9 @@ def test_a_clock_that_goes_back_deletes_no_newest_checkpoint(make_trainer, monke
     assert steps_of(Path(run.args.output_dir)) == [6, 8]
 
 
-@pytest.mark.parametrize("limit", [50_000, 150_000], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("limit", [500, 50_000, 150_000], ids=["plain", "safetensors", "torch"])
 def test_a_checkpoint_that_the_disk_does_not_hold(make_trainer, limit):
-    """No file may get longer: the model's, or with more room the optimizer's, cannot be written whole."""
+    """No file may get longer: the first one, the model's, or with more room the optimizer's, is not written whole."""
 
     class FillDisk(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -360,7 +362,7 @@ def test_a_checkpoint_that_the_disk_does_not_hold(make_trainer, limit):
     run = make_trainer(max_steps=8, callbacks=[FillDisk()], **settings)
     folder = Path(run.args.output_dir)
     try:
-        with pytest.raises(RuntimeError, match=f"{folder}/checkpoint-6 could not be .* from {folder}/checkpoint-4."):
+        with pytest.raises(RuntimeError, match=f"no room for {folder}/checkpoint-6: .* from {folder}/checkpoint-4."):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -369,6 +371,38 @@ def test_a_checkpoint_that_the_disk_does_not_hold(make_trainer, limit):
     resumed.train(resume_from_checkpoint=True)
     assert steps_of(folder) == [2, 4, 6, 8]
     assert [row["step"] for row in rows(resumed)] == [step for step in range(1, 9) for _ in range(4)]
+
+
+def test_a_whole_checkpoint_is_kept_when_there_is_no_room_for_its_copy(make_trainer, monkeypatch):
+    def copy(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", copy)
+    folder = Path(trainer.args.output_dir)
+    with pytest.raises(RuntimeError, match=f"no room for {folder}/checkpoint-2: .* from {folder}/checkpoint-2."):
+        trainer.train()
+    make_trainer(save_strategy="no", max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_no_other_error_of_saving_is_taken_for_a_full_disk(make_trainer, monkeypatch):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(trainer, "save_model", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    error = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(trainer, "save_model", Mock(side_effect=error))
+    with pytest.raises(PermissionError):
+        trainer.train()
+
+
+def test_times_that_cannot_be_set_stop_no_run(make_trainer, monkeypatch):
+    """As of folders that somebody else made. And where they are in order, none is set."""
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError("Operation not permitted")))
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(max_steps=4, **settings).train()
+    os.utime.assert_called_once()  # the tests' checkpoints are less than a second apart
 
 
 def test_a_run_that_is_terminated_saves_and_goes_on(make_trainer):

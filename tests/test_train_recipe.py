@@ -1,11 +1,13 @@
 """recipes/train.py as a user calls it."""
 
 import json
+import math
 import os
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from e3_trl import read_rollouts
 from e3_trl.commands import train
 from e3_trl.runs import figures, validation
+from e3_trl.runs.dashboards import DashboardCallback
 
 
 ROOT = Path(__file__).parent.parent
@@ -79,34 +82,39 @@ def test_trains_saves_and_resumes(recipe, tmp_path):
     done = run(command, "--resume_from_checkpoint", "true")
     assert done.returncode == 0, done.stderr
     assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    done = run(command, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "elsewhere"))
+    assert "elsewhere (output_dir) holds no complete checkpoint" in done.stderr
+    assert "checkpoint. Unset it to start a new run.\n(E3_TRACEBACK=1 shows where.)" in done.stderr
 
 
-def test_dashboards_get_histograms_and_figures(recipe, tmp_path):
-    command = recipe(
-        report_to=["trackio", "tensorboard"], project="e3", run_name="first", logging_steps=2, max_steps=8
-    )
+def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
+    dashboards = {"report_to": ["trackio", "tensorboard"], "project": "e3", "run_name": "first"}
+    data = {"dataset_name": str(tmp_path / "data"), "dataset_test_split": "validation"}
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": 7,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 4,
+    }
+    command = recipe(logging_steps=2, max_steps=8, **dashboards, **data, **evaluation)
     done = run(command, TRACKIO_DIR=str(tmp_path / "trackio"))
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_rollouts(tmp_path / "run") if row["difficulty"] is not None]
-    expected = {  # tenths of the difficulty, of the rollouts of two steps
-        step: np.histogram(
-            [row["difficulty"] - 1e-9 for row in rows if row["step"] in (step - 1, step)],
-            weights=[row["rollouts"] for row in rows if row["step"] in (step - 1, step)],
-            bins=10,
-            range=(0, 1),
-        )[0].tolist()
-        for step in (6, 8)
-    }
-    assert sum(map(sum, expected.values())) == 4 * 16, "all of the second pass"
+    budgets = {6: [[] for _ in range(10)], 8: [[] for _ in range(10)]}  # of two steps each, by tenth of the difficulty
+    for row in rows:
+        budgets[6 if row["step"] < 7 else 8][math.ceil(10 * row["difficulty"] - 1e-9) - 1].append(row["rollouts"])
+    expected = {step: [mean(tenth) if tenth else 0 for tenth in tenths] for step, tenths in budgets.items()}
+    assert len(rows) == 16, "a pass of prompts with known difficulty"
+    name = "train/rollouts/by_difficulty"
 
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
-    histograms = {event.step: event.histogram_value for event in events.Histograms("train/rollouts/by_difficulty")}
-    assert {step: sum(value.bucket) for step, value in histograms.items()} == {6: 32, 8: 32}
+    histograms = {event.step: event.histogram_value for event in events.Histograms(name)}
+    assert list(histograms) == [6, 8]
     for step, value in histograms.items():
-        filled = [round(10 * limit) - 1 for limit, n in zip(value.bucket_limit, value.bucket, strict=True) if n]
-        assert filled == [tenth for tenth, n in enumerate(expected[step]) if n]
+        assert value.bucket == pytest.approx([0, *expected[step]])
+    assert histograms[6].bucket_limit == pytest.approx(np.linspace(0, 1, 11))
     drawn = {f"figures/{path.stem}" for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert drawn >= {"figures/entropy", "figures/temperature", "figures/budgets"}
     assert set(events.Tags()["images"]) == drawn
@@ -114,13 +122,15 @@ def test_dashboards_get_histograms_and_figures(recipe, tmp_path):
     with sqlite3.connect(tmp_path / "trackio" / "e3.db") as database:
         logged = [(step, json.loads(row)) for step, row in database.execute("SELECT step, metrics FROM metrics")]
     steps = [step for step, row in logged if "train/rollouts/max" in row]
-    assert steps == [2, 4, 6, 8], "the histograms have not shifted the metrics"
-    name = "train/rollouts/by_difficulty"
-    assert {row["train/global_step"]: row[name]["values"] for _, row in logged if name in row} == expected
+    assert steps[:3] == [2, 4, 6], "the histograms have not shifted the metrics, as an evaluation does"
+    arrived = {row["train/global_step"]: row[name]["values"] for _, row in logged if name in row}
+    assert list(arrived) == [6, 8]
+    for step, values in arrived.items():
+        assert values == pytest.approx(expected[step])
     (images,) = [row for _, row in logged if "figures/entropy" in row]
     assert drawn <= set(images)
-    for name in drawn:
-        assert (tmp_path / "trackio" / "media" / images[name]["file_path"]).stat().st_size > 10_000
+    for figure in drawn:
+        assert (tmp_path / "trackio" / "media" / images[figure]["file_path"]).stat().st_size > 10_000
 
 
 def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(make_trainer, monkeypatch):
@@ -131,14 +141,18 @@ def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(mak
         make_trainer(model="no/such/model", report_to="tensorbord")
 
 
-def test_figures_that_cannot_be_drawn_cost_nothing(make_trainer, monkeypatch, caplog):
+def test_what_cannot_be_sent_costs_nothing(make_trainer, monkeypatch, caplog):
     def fail(*args):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(figures, "draw_runs", fail)
-    trainer = make_trainer(report_to="tensorboard", max_steps=2)
-    assert trainer.train().global_step == 2
-    assert "The figures could not be sent to tensorboard: OSError('No space left on device')" in caplog.text
+    trainer = make_trainer(report_to="tensorboard", max_steps=8)
+    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, DashboardCallback)]
+    monkeypatch.setattr(callback, "_send_budgets", fail)
+    assert trainer.train().global_step == 8
+    for what in ("the figures", "rollouts by difficulty"):
+        message = f"Could not send {what} to tensorboard: OSError('No space left on device')"
+        assert caplog.text.count(message) == 1, "once, not with each log"
 
 
 def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):

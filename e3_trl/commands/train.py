@@ -120,7 +120,8 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
     termination = TerminationCallback()
     trainer.add_callback(termination)
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    with mistakes_named(lambda: termination.has_begun):
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     if termination.is_terminated:
         trainer.accelerator.end_training()
         print(f"SIGTERM: saved checkpoint-{trainer.state.global_step}; resume_from_checkpoint: true goes on with it.")

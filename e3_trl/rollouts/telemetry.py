@@ -37,17 +37,18 @@ class RolloutLog:
         folder (`str` or `Path`): the run's output folder.
 
     Attributes:
-        by_difficulty (`np.ndarray` of shape `(10,)`):
-            Rollouts in each tenth of the difficulties, since a [`DashboardCallback`] took them last.
+        by_difficulty (`np.ndarray` of shape `(2, 10)`):
+            Rollouts, and prompts, in each tenth of the difficulties, since a [`DashboardCallback`] took them last.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE_NAME
-        self.by_difficulty = np.zeros(10, dtype=np.int64)
+        self.by_difficulty = np.zeros((2, 10))
         self._pending: list[str] = []
 
     def resume(self, step: int) -> None:
         """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
+        self.by_difficulty = np.zeros_like(self.by_difficulty)
         self._pending = []
         if self.path.exists():
             os.truncate(self.path, self._end_of(step))
@@ -102,7 +103,7 @@ class RolloutLog:
         self._pending += lines
         ranked = np.isfinite(difficulty)
         tenths = np.ceil(10 * difficulty[ranked]).clip(1, 10).astype(np.int64) - 1
-        self.by_difficulty += np.bincount(tenths, weights=counts["rollouts"][ranked], minlength=10).astype(np.int64)
+        self.by_difficulty += [np.bincount(tenths, weights, 10) for weights in (counts["rollouts"][ranked], None)]
         self.flush()
 
     def flush(self) -> None:
@@ -163,7 +164,7 @@ def read_rollout_columns(path: str | Path) -> dict[str, np.ndarray]:
         return {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
     schema = pyarrow.schema([(name, pyarrow.from_numpy_dtype(dtype)) for name, dtype in COLUMNS.items()])
     options = reader.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    with pyarrow.memory_map(str(path)) as file:
+    with pyarrow.OSFile(str(path)) as file:  # not a memory map: a run that resumes may cut the file meanwhile
         table = reader.read_json(pyarrow.BufferReader(file.read_buffer(whole)), parse_options=options)
         return {name: table[name].to_numpy() for name in COLUMNS}
 

@@ -17,6 +17,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,8 +198,10 @@ def keep_order(output_dir: str | Path) -> None:
     """
     latest = time.time()
     for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
-        latest = min(latest - 1, folder.stat().st_mtime)
-        os.utime(folder, (latest, latest))
+        with suppress(OSError):  # not everyone who may write to a folder may set its time
+            if folder.stat().st_mtime > latest - 1:
+                os.utime(folder, (latest - 1, latest - 1))
+            latest = folder.stat().st_mtime
 
 
 def _global_step(path: Path) -> int:

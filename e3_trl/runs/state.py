@@ -1,6 +1,7 @@
 """What of a trainer is in its checkpoints, and how a run begins, goes on and ends early. Functions of the trainer."""
 
 import errno
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -109,30 +110,32 @@ def save_run(trainer, folder: str) -> None:
     if trainer.window_step != 0:
         checkpoints.save_window(folder, trainer.accelerator.process_index, trainer._buffered_inputs)
     if trainer.args.should_save:
-        checkpoints.keep_order(trainer.args.output_dir)
+        checkpoints.keep_order(Path(folder).parent)
         tracker = trainer.difficulty_tracker
         checkpoints.save_state(folder, _state_dict(trainer), {} if tracker is None else tracker.state_dict())
 
 
 @contextmanager
-def full_disk_named(trainer, folder: str) -> Iterator[None]:
+def full_disk_named(folder: str) -> Iterator[None]:
     """
-    Inside, a checkpoint is written. If the disk cannot hold it, what was written of it is removed, and the user told
-    what to do: from torch's message nobody would guess the cause.
+    Inside, the checkpoint `folder` is written. If there is no room for it, what nobody could go on from is removed,
+    and the user told what to do: from torch's message nobody would guess the cause.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        full = isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch's writer of archives
-        if not full and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        of_safetensors = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(of_safetensors[1]) if of_safetensors else getattr(error, "errno", None)
+        of_torch = "inline_container" in str(error)  # its writer of archives, which names no cause
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not of_torch:
             raise
-        if trainer.args.should_save:
+        whole = checkpoints.complete_checkpoints(Path(folder).parent)
+        if folder not in whole:  # it can be whole where a copy of it could not be written
             shutil.rmtree(folder, ignore_errors=True)
-        whole = next(iter(checkpoints.complete_checkpoints(trainer.args.output_dir)), None)
         raise RuntimeError(
-            f"{folder} could not be written to its end: {error}. Make room on its disk (save_total_limit: 2 keeps the "
-            "last two checkpoints), then run the same command "
-            + (f"with resume_from_checkpoint set to true: it goes on from {whole}." if whole else "again.")
+            f"There is no room for {folder}: {error}. Make some (save_total_limit: 2 keeps the last two checkpoints), "
+            "then run the same command "
+            + (f"with resume_from_checkpoint set to true: it goes on from {whole[0]}." if whole else "again.")
         ) from error
 
 

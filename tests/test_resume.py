@@ -399,10 +399,18 @@ def test_no_other_error_of_saving_is_taken_for_a_full_disk(make_trainer, monkeyp
 
 def test_times_that_cannot_be_set_stop_no_run(make_trainer, monkeypatch):
     """As of folders that somebody else made. And where they are in order, none is set."""
+    utime = os.utime
+
+    class LongAgo(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            utime(f"{args.output_dir}/checkpoint-{state.global_step}", (state.global_step, state.global_step))
+
     monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError("Operation not permitted")))
-    settings = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(max_steps=4, **settings).train()
-    os.utime.assert_called_once()  # the tests' checkpoints are less than a second apart
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(output_dir="in order", callbacks=[LongAgo()], **settings).train()
+    os.utime.assert_not_called()
+    make_trainer(**settings).train()
+    os.utime.assert_called_once()  # these checkpoints are less than a second apart
 
 
 def test_a_run_that_is_terminated_saves_and_goes_on(make_trainer):

@@ -46,14 +46,17 @@ class Recorder(TrainerCallback):
 
 
 def force_completions(trainer):
-    """Give every row a completion that depends on nothing but the batch, the round and the row's place in it."""
+    """Give every row a completion that depends on the batch, the round, the row's place in it and its temperature."""
 
     def generate(prompt_ids, images, multimodal_fields, num_generations, *args):
         first = trainer.accelerator.process_index * len(prompt_ids)
         sampling_round = 0 if trainer._batch is None else len(trainer._batch.rounds)
+        of_rows = trainer.row_temperatures.of_rows
+        relative = np.ones(len(prompt_ids)) if of_rows is None else of_rows.cpu().numpy() / trainer.temperature
         completions = []
-        for row in range(first, first + len(prompt_ids)):
-            rng = np.random.default_rng([trainer.num_generation_batches, sampling_round, row])
+        # Not rounded where a last digit decides.
+        for row, thousandths in enumerate(np.floor(1000 * relative + 0.3).astype(int).tolist(), start=first):
+            rng = np.random.default_rng([trainer.num_generation_batches, sampling_round, row, thousandths])
             completions.append(rng.integers(2, trainer.model.config.vocab_size, size=rng.integers(1, 9)).tolist())
         return completions, None
 

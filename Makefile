@@ -36,7 +36,7 @@ endif
 
 # Two at a time, each file in one process: most tests use one core.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Wheel and source distribution, in dist/.
 build: install

@@ -17,6 +17,14 @@ from e3_trl import E3GRPOConfig, E3GRPOTrainer
 torch.set_num_threads(1)
 
 
+# Those that take longest begin first, so that no process is left alone with one of them at the end.
+SLOWEST = ("test_zero3.py", "test_vllm.py", "test_resume.py", "test_quickstart.py", "test_vllm_server.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(autouse=True)
 def environment_of_its_own():
     """TRL tells a colocated vLLM its rank and port through the environment, which later tests hand to subprocesses."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from trl import GRPOTrainer
 
-from e3_trl import DifficultyTracker, E3GRPOTrainer, RolloutBudgetSchedule, TemperatureCallback, allocate_rollouts
+from e3_trl import DifficultyTracker, E3GRPOTrainer, RolloutBudgetSampler, TemperatureCallback, allocate_rollouts
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -56,7 +56,7 @@ def step_shares(steps: int) -> list[float]:
     for owner, names in {
         GRPOTrainer: hooks,
         E3GRPOTrainer: hooks,
-        RolloutBudgetSchedule: ["allocate"],
+        RolloutBudgetSampler: ["rows"],
         DifficultyTracker: ["rerank"],
         TemperatureCallback: ["on_step_end"],
     }.items():
@@ -97,7 +97,7 @@ if __name__ == "__main__":
     difficulty = rng.integers(1, 1000, 4096) / 1000
     tracker = DifficultyTracker(1_000_000)
     tracker.num_rollouts[:] = rng.integers(8, 37, 1_000_000)
-    tracker.reward_sum[:] = rng.binomial(tracker.num_rollouts, 0.5)
+    tracker.reward_sum[:] = rng.binomial(tracker.num_rollouts.astype(int), 0.5)
     print("                                        median (fastest - slowest)")
     budget = times(lambda: allocate_rollouts(difficulty, 8, 4, 12), repeats=200)
     print("budgets of 4,096 prompts           {:8.3f} ms ({:.3f} - {:.3f})".format(*budget))

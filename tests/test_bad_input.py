@@ -188,3 +188,14 @@ def test_an_unknown_starting_difficulty_is_null(make_trainer):
     dataset = Dataset.from_dict(make_dataset().to_dict() | {"level": [None, 0.0, 1.0] + [None] * 13})
     trainer = make_trainer(train_dataset=dataset, difficulty_column="level")
     assert trainer.difficulty_tracker.difficulty[1] < trainer.difficulty_tracker.difficulty[2]
+
+
+def test_a_row_without_a_prompt_is_named_before_a_model_is_loaded(make_trainer):
+    prompts = ["say a:"] * 1500
+    prompts[1207] = None
+    dataset = Dataset.from_dict({"prompt": prompts, "threshold": [1] * 1500})
+    with pytest.raises(ValueError, match="The dataset's row 1207 has no prompt. Fill it in, or drop the row."):
+        make_trainer(model="no/such/model", train_dataset=dataset)
+    with pytest.raises(ValueError, match="row 7 has no prompt"):
+        make_trainer(model="no/such/model", train_dataset=dataset.select(range(1200, 1300)))
+    make_trainer(train_dataset=dataset.filter(lambda row: row["prompt"] is not None))

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,24 @@ def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     done = run(*command, "plot", "run", "--output_dir", "figures", cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "figures").glob("*.png"))
+
+
+def test_a_launcher_hands_sigterm_on(recipe, tmp_path):
+    """Left alone, the training would go on beside the run that resumes it."""
+    reward = ["import os, signal", "", "def length(completions, trainer_state, **kwargs):"]
+    reward += ["    if trainer_state.global_step == 2:", "        os.kill(os.getppid(), signal.SIGTERM)"]
+    (tmp_path / "my_rewards.py").write_text("\n".join([*reward, "    return [len(text) / 7 for text in completions]"]))
+    arguments = ["train", "--accelerate_config", "cpu", "--config", recipe(max_steps=200)]
+    done = run(sys.executable, "-m", "e3_trl.cli", *arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert int(checkpoint.name.split("-")[-1]) < 200
+    assert f"SIGTERM: saved {checkpoint.name}" in done.stdout
+
+
+def test_a_recipe_that_is_no_yaml_is_one_message(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("output_dir: [run\nseed: 1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--config", str(tmp_path / "recipe.yaml")])
+    assert "recipe.yaml" in ended.value.code
+    assert "line 2" in ended.value.code

@@ -325,6 +325,14 @@ def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
         make_trainer().train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_deepspeed_is_not_resumed_without_it(make_trainer):
+    run = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    run.train()
+    (Path(run.args.output_dir) / "checkpoint-2" / "latest").write_text("global_step2")  # as DeepSpeed leaves it
+    with pytest.raises(ValueError, match="checkpoint-2 was saved with DeepSpeed, and this run is without it"):
+        make_trainer(max_steps=3).train(resume_from_checkpoint=True)
+
+
 def test_a_clock_that_goes_back_deletes_no_newest_checkpoint(make_trainer, monkeypatch):
     """Here it goes back by an hour after each checkpoint."""
     now, back = time.time, 0.0

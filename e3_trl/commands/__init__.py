@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import yaml
+
 
 @contextmanager
 def mistakes_named(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -18,7 +20,7 @@ def mistakes_named(has_begun: Callable[[], bool] = lambda: False) -> Iterator[No
     """
     try:
         yield
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
         if has_begun() or os.environ.get("E3_TRACEBACK", "0") != "0":
             raise
         sys.exit(f"{type(error).__name__}: {error}\n(E3_TRACEBACK=1 shows where.)")

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
@@ -123,7 +124,7 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
     with mistakes_named(lambda: termination.has_begun):
         trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     if termination.is_terminated:
-        trainer.accelerator.end_training()
+        end(trainer)
         print(f"SIGTERM: saved checkpoint-{trainer.state.global_step}; resume_from_checkpoint: true goes on with it.")
         sys.exit(128 + signal.SIGTERM)
     trainer.save_state()
@@ -137,10 +138,17 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
 
         draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end(trainer)
     trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)
     if training_args.push_to_hub and trainer.is_world_process_zero():
         publish(training_args.output_dir, repo_id, revision=training_args.hub_revision)
+
+
+def end(trainer) -> None:
+    """End what the processes share; first a colocated engine, which would miss it when it ends by itself."""
+    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    trainer.accelerator.end_training()
 
 
 def make_parser() -> TrlParser:
@@ -159,11 +167,20 @@ def accelerate_configs() -> dict[str, str]:
 
 
 def launch(config: str, arguments: list[str]) -> None:
-    """Train in the processes of an accelerate configuration: a file, or one that comes with the package."""
+    """
+    Train in the processes of an accelerate configuration: a file, or one that comes with the package. SIGTERM is
+    handed on to them, and the exit status is theirs.
+    """
     config = accelerate_configs().get(config, config)
     if not Path(config).is_file():
         raise ValueError(f"accelerate_config is {config!r}. Give a file, or one of {', '.join(accelerate_configs())}.")
     command = ["--config_file", config, "-m", "e3_trl.commands.train", *arguments]
+
+    def hand_on(number, frame):  # as the launcher of several processes does, which sets a handler of its own
+        for process in psutil.Process().children():
+            process.send_signal(number)
+
+    signal.signal(signal.SIGTERM, hand_on)
     try:
         launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # of one process, which has said why

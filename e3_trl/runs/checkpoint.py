@@ -238,6 +238,11 @@ def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> boo
         `ValueError`: if these processes cannot resume it; it says how they can.
     """
     folder = Path(folder)
+    if not deepspeed and (folder / "latest").exists():
+        raise ValueError(
+            f"{folder} was saved with DeepSpeed, and this run is without it: the optimizer's state would be lost. "
+            "Resume with the accelerate configuration that the run began with."
+        )
     try:
         state = json.loads((folder / STATE_FILE).read_text())["state"]
         saved, window_step = state["num_processes"], state["window_step"]

@@ -107,7 +107,7 @@ def check_run(
             f"rollout_allocation is {args.rollout_allocation!r}, but every prompt will get num_generations "
             f"({args.num_generations}) rollouts: a generation batch has {prompts_per_batch} prompt(s), "
             f"num_generations_min is {args.num_generations_min} and num_generations_max {args.num_generations_max}. "
-            "Raise gradient_accumulation_steps, or widen these.",
+            "Raise gradient_accumulation_steps or num_generations (below 3 there is no room), or widen these.",
             stacklevel=3,
         )
     if sized:
@@ -117,7 +117,7 @@ def check_run(
                 f"train_dataset has {len(train_dataset)} prompts, fewer than the {args.num_candidates} of one "
                 f"generation batch (generation_batch_size {args.generation_batch_size} / num_generations "
                 f"{args.num_generations} / prompt_selection_ratio {args.prompt_selection_ratio:g}). Add prompts, or "
-                "lower per_device_train_batch_size or steps_per_generation."
+                "lower per_device_train_batch_size or gradient_accumulation_steps (or steps_per_generation)."
             )
 
 
@@ -190,6 +190,12 @@ def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list
         columns = list(dataset[0])  # a transform makes and drops columns
     if "prompt" not in columns:
         raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        prompts = dataset.with_format("arrow").select_columns("prompt")
+        for index, batch in enumerate(prompts.iter(batch_size=1000)):
+            if batch["prompt"].null_count:
+                row = 1000 * index + batch["prompt"].is_null().index(True).as_py()
+                raise ValueError(f"The dataset's row {row} has no prompt. Fill it in, or drop the row.")
     for func in reward_funcs:
         for parameter in inspect.signature(func).parameters.values():
             required = parameter.default is parameter.empty and parameter.kind in (

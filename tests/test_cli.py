@@ -132,8 +132,8 @@ def test_an_accelerate_configuration_that_is_not_there_is_named():
     ("command", "package", "extra"), [("memory", "deepspeed", "deepspeed"), ("plot", "matplotlib", "figures")]
 )
 def test_a_package_that_is_not_installed_is_named(command, package, extra, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(("e3_trl.commands", "e3_trl.runs.figures"))]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in (f"e3_trl.commands.{command}", "e3_trl.runs.figures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])

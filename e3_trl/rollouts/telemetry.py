@@ -82,23 +82,9 @@ class RolloutLog:
             temperature (`np.ndarray` of shape `(P,)`): the temperatures that it was sampled at.
         """
         columns = [counts[name].tolist() for name in ("prompt_id", "rollouts", "correct", "tokens")]
-        known = [None if math.isnan(value) else value for value in difficulty.tolist()]
+        columns += [[None if math.isnan(value) else value for value in difficulty.tolist()], temperature.tolist()]
         lines = [
-            json.dumps(
-                {
-                    "step": step,
-                    "prompt_id": prompt_id,
-                    "rollouts": rollouts,
-                    "correct": correct,
-                    "tokens": tokens,
-                    "difficulty": value,
-                    "temperature": of_prompt,
-                }
-            )
-            + "\n"
-            for prompt_id, rollouts, correct, tokens, value, of_prompt in zip(
-                *columns, known, temperature.tolist(), strict=True
-            )
+            json.dumps(dict(zip(COLUMNS, (step, *row), strict=True))) + "\n" for row in zip(*columns, strict=True)
         ]
         self._pending += lines
         ranked = np.isfinite(difficulty)

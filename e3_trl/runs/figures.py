@@ -277,7 +277,8 @@ def _draw_budgets(run: Run) -> Figure | None:
     passes = (rows["step"] - 1) // run.steps_per_pass
     if not len(passes):
         return None
-    shown = np.unique(np.linspace(0, passes[-1], 8).round().astype(int)) if passes[-1] >= 8 else np.unique(passes)
+    shown = np.unique(passes)
+    shown = shown[np.unique(np.linspace(0, len(shown) - 1, 8).round().astype(int))]
     figure = Figure(figsize=(3 * len(shown), 3.4), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for number, axes in zip(shown, panels, strict=True):

@@ -190,7 +190,8 @@ def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list
         columns = list(dataset[0])  # a transform makes and drops columns
     if "prompt" not in columns:
         raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+    # Only where the stored column has a null, which may not be among the rows that were selected, are rows read.
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom" and dataset.data["prompt"].null_count:
         prompts = dataset.with_format("arrow").select_columns("prompt")
         for index, batch in enumerate(prompts.iter(batch_size=1000)):
             if batch["prompt"].null_count:

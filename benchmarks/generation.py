@@ -1,6 +1,6 @@
 """
 Colocated vLLM: one call with each prompt's own number of completions against TRL's call with one request per row, at
-the same number of rows and tokens, and what a seed per completion costs. `python benchmarks/generation.py`.
+the same number of rows and tokens. `python benchmarks/generation.py`.
 
 All kinds of calls take turns on one engine; the ratios are of calls that stood side by side.
 """
@@ -70,7 +70,6 @@ def main(args: argparse.Namespace) -> None:
             vllm_mode="colocate",
             vllm_max_model_length=args.prompt_length + args.completion_length,
             vllm_gpu_memory_utilization=0.5,
-            vllm_request_seeds=True,  # the engine is then one that can; calls without seeds are made below
             generation_kwargs={"ignore_eos": True},  # the same number of tokens for all
             model_init_kwargs={"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
             use_cpu=not torch.cuda.is_available(),
@@ -89,13 +88,12 @@ def main(args: argparse.Namespace) -> None:
         uniform = np.full(args.num_prompts, NUM_GENERATIONS)
         merged, one_per_row = generation.llm.generate, generation._llm_generate
 
-        def call(engine, repeats, seeded: bool) -> float:
+        def call(engine, repeats) -> float:
             """Seconds of one generation batch, of prompts that no cache has seen."""
             prompts = rng.integers(2, vocab_size, size=(args.num_prompts, args.prompt_length)).tolist()
             prompt_ids = np.repeat(np.arange(args.num_prompts), repeats)
             generation.llm.generate = engine
-            generation.seed_requests = seeded
-            with generation.seeded([int(rng.integers(1 << 30))], prompt_ids):
+            with generation.seeded([int(rng.integers(1 << 30))]):
                 start = time.perf_counter()
                 completions = generation.generate([prompts[i] for i in prompt_ids], None, NUM_GENERATIONS)[1]
                 seconds = time.perf_counter() - start
@@ -103,10 +101,9 @@ def main(args: argparse.Namespace) -> None:
             return seconds
 
         kinds = {
-            "TRL, one request per row": (one_per_row, uniform, False),
-            "equal budgets": (merged, uniform, False),
-            "budgets": (merged, budgets, False),
-            "budgets, a seed per completion": (merged, budgets, True),
+            "TRL, one request per row": (one_per_row, uniform),
+            "equal budgets": (merged, uniform),
+            "budgets": (merged, budgets),
         }
         for kind in kinds.values():
             call(*kind)
@@ -123,8 +120,6 @@ def main(args: argparse.Namespace) -> None:
     for name, times in seconds.items():
         rate = rows * args.completion_length / np.array(times)
         print(f"{name:32} {np.median(rate):9.0f} tokens/s, {spread(reference / times)} times TRL's")
-    plain, seeded = (np.array(seconds[name]) for name in list(kinds)[-2:])
-    print(f"{'time with seeds / without':32} {spread(seeded / plain)}")
 
 
 if __name__ == "__main__":

@@ -469,7 +469,7 @@ def measure_dataset(args: argparse.Namespace) -> list[dict]:
             shuffle=True,
             seed=0,
         )
-        ranks = milliseconds(tracker.rerank, repeats=10)
+        ranks = milliseconds(tracker.update, repeats=10)
         sampler.begin_pass(2)
         # Steps of 1,024 rows. The first one draws the pass's order; transformers' loader asks row by row.
         stream, steps = iter(sampler), []

@@ -57,7 +57,7 @@ def step_shares(steps: int) -> list[float]:
         GRPOTrainer: hooks,
         E3GRPOTrainer: hooks,
         RolloutBudgetSampler: ["rows"],
-        DifficultyTracker: ["rerank"],
+        DifficultyTracker: ["update"],
         TemperatureCallback: ["on_step_end"],
     }.items():
         for name in names:
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     print("                                        median (fastest - slowest)")
     budget = times(lambda: allocate_rollouts(difficulty, 8, 4, 12), repeats=200)
     print("budgets of 4,096 prompts           {:8.3f} ms ({:.3f} - {:.3f})".format(*budget))
-    print("ranks of 1,000,000 prompts         {:8.1f} ms ({:.1f} - {:.1f})".format(*times(tracker.rerank, repeats=20)))
+    print("ranks of 1,000,000 prompts         {:8.1f} ms ({:.1f} - {:.1f})".format(*times(tracker.update, repeats=20)))
     shares = [100 * share for share in step_shares(40)]
     spread = f"({min(shares):.2f} - {max(shares):.2f})"
     print(f"E3's share of a step of 512 rows   {statistics.median(shares):8.2f} %  {spread}")

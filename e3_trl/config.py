@@ -43,10 +43,6 @@ class E3GRPOConfig(GRPOConfig):
             on and with two calls for completions (for text without tools), or the dotted path of a function of
             success rates (`(B,)`, NaN = not known), \\( G \\), \\( G_{min} \\) and \\( G_{max} \\) that returns
             `(B,)` integers. In all the total is constant and the bounds hold.
-        rerank_every (`str` or `int`, *optional*, defaults to `"pass"`):
-            When prompts are ranked anew: `"pass"` = when a pass over the dataset is over, as in the paper, or a
-            number of generation batches (with TRL's defaults one is an optimizer step), and then after each pass too.
-            With a number, budgets are given when a batch begins. For text without tools.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -114,15 +110,6 @@ class E3GRPOConfig(GRPOConfig):
             Whether a completion's advantage is multiplied by its mean entropy relative to the batch's. For text.
             Differs from PREPO: with `beta > 0` the KL term is not weighted.
 
-        > Parameters that control generation with vLLM
-
-        vllm_request_seeds (`bool`, *optional*, defaults to `False`):
-            Whether every completion of a colocated vLLM is drawn with a seed of its own, in training made from `seed`,
-            the generation batch, the prompt and the copy, so that it does not depend on what it is batched with. vLLM
-            then samples row by row, which costs 15% of its speed with 2,048 tokens in the vocabulary and half of it
-            with 32,768 (on a CPU, `benchmarks/generation.py`). Without it each call of an engine is seeded as a
-            whole: at no cost, a run that is resumed or repeated on as many ranks still draws the same completions.
-
         > Parameters that control the temperature schedule
 
         temperature_schedule (`str`, *optional*, defaults to `"entropy"`):
@@ -157,10 +144,6 @@ class E3GRPOConfig(GRPOConfig):
             "'uniform' = every prompt gets `num_generations`, 'variance' and 'knapsack' = by success rate, 'pilot' = "
             "part first, the rest where that was not all right, or the dotted path of a rule."
         },
-    )
-    rerank_every: str = field(
-        default="pass",
-        metadata={"help": "When prompts are ranked anew: after each 'pass', or a number of generation batches."},
     )
     success_decay: float = field(
         default=1.0,
@@ -262,15 +245,6 @@ class E3GRPOConfig(GRPOConfig):
         },
     )
 
-    # Parameters that control generation with vLLM
-    vllm_request_seeds: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether every completion of a colocated vLLM is drawn with a seed of its own, at up to half of "
-            "vLLM's speed. Without it each call of an engine is seeded as a whole."
-        },
-    )
-
     # Parameters that control the temperature schedule
     temperature_schedule: str = field(
         default="entropy",
@@ -325,10 +299,6 @@ class E3GRPOConfig(GRPOConfig):
             raise ValueError(
                 "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards "
                 "of a batch what is sampled next. Set one of them only."
-            )
-        if self.rerank_every != "pass" and not (str(self.rerank_every).isdecimal() and int(self.rerank_every) > 0):
-            raise ValueError(
-                f"rerank_every is {self.rerank_every!r}. Set it to 'pass', or to a number of generation batches."
             )
         if not 0 < self.success_decay <= 1:
             raise ValueError(f"success_decay is {self.success_decay}. Set it in (0, 1], 1 = none.")
@@ -441,11 +411,6 @@ class E3GRPOConfig(GRPOConfig):
                 f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
                 "set use_vllm to False."
             )
-
-    @property
-    def rerank_batches(self) -> int | None:
-        """Generation batches between two rankings; `None` = prompts are ranked when a pass is over."""
-        return None if self.rerank_every == "pass" else int(self.rerank_every)
 
     @property
     def num_candidates(self) -> int:

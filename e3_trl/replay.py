@@ -98,7 +98,7 @@ def budgets_by_rule(
     number = 0
     for batch in batches:
         if batch.number > number:
-            tracker.rerank()
+            tracker.update()
             number = batch.number
         num_generations = schedule.num_generations
         if rule == "uniform":

@@ -169,7 +169,7 @@ class E3GRPOTrainer(GRPOTrainer):
         self.reward_guard = RewardGuard(self)
         self.difficulty_reward_index = difficulty_reward_index(args, self.reward_func_names)
         if self.use_vllm:
-            RolloutGeneration.adopt(self.vllm_generation, args.vllm_request_seeds)
+            RolloutGeneration.adopt(self.vllm_generation)
         connect(self.live_temperature, self)
         if args.temperature_schedule == "entropy":
             schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
@@ -231,10 +231,10 @@ class E3GRPOTrainer(GRPOTrainer):
     # --- a generation batch: choose prompts, give budgets, sample, keep, score, count, compare, weigh
 
     def _get_train_sampler(self, dataset=None):
-        rule, num_candidates = self.args.rollout_allocation, None
+        rule = self.args.rollout_allocation
         has_budgets = rule not in ("uniform", "pilot") and self.difficulty_tracker is not None
-        if self.args.prompt_selection_ratio < 1 or (has_budgets and self.args.rerank_batches):
-            num_candidates = self.args.num_candidates  # whose budgets are not known when the dataloader reads them
+        # Which of them are sampled is not known yet when the dataloader reads them.
+        num_candidates = self.args.num_candidates if self.args.prompt_selection_ratio < 1 else None
         self._train_sampler = RolloutBudgetSampler.like(
             super()._get_train_sampler(dataset),
             difficulty=self.difficulty_tracker,
@@ -263,8 +263,6 @@ class E3GRPOTrainer(GRPOTrainer):
         with self._generation_batch(inputs) as batch:
             if self.args.prompt_selection_ratio < 1:
                 select_prompts(self, batch)
-            elif batch.indexed and self._train_sampler.num_candidates is not None:
-                batch.begin_with(self._train_sampler.rows(batch.prompt_ids), self.train_dataset)
             with without_old_logps(self, batch):
                 # `_generate` samples and keeps what is trained on; `_calculate_rewards` scores.
                 output = super()._generate_and_score_completions(batch.round.examples)
@@ -282,8 +280,6 @@ class E3GRPOTrainer(GRPOTrainer):
             output["advantages"] = batch.advantages[batch.share]
             self._logs["advantages"].extend(batch.advantages.tolist())
         self.num_generation_batches += 1
-        if self.args.rerank_batches and self.num_generation_batches % self.args.rerank_batches == 0:
-            self.difficulty_tracker.rerank(ends_pass=False)
         self.sampled_step = self.state.global_step
         return output
 
@@ -323,7 +319,7 @@ class E3GRPOTrainer(GRPOTrainer):
         if self.use_vllm:
             key = [self.args.seed, 0, batch.index, len(batch.rounds)]
             temperatures = self.temperature_of(batch, ids) if self.args.temperature_spread > 0 else None
-            seeded = self.vllm_generation.seeded(key, ids, temperatures)
+            seeded = self.vllm_generation.seeded(key, temperatures)
         with seeded:
             output = super()._generate(share_copies(self, prompts))
         prompt_ids, completion_ids, tool_mask, *_ = output

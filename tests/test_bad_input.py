@@ -29,8 +29,6 @@ def make_config(tmp_path, **settings):
             {"rollout_allocation": "pilot", "dynamic_sampling": True},
             "rollout_allocation is 'pilot' and dynamic.*Set one",
         ),
-        ({"rerank_every": "step"}, "rerank_every is 'step'. Set it to 'pass', or to a number"),
-        ({"rerank_every": 0}, "rerank_every is 0. Set it to 'pass', or to a number"),
         ({"temperature_spread": 2.0}, r"temperature_spread is 2.0. Set it in \[0, 2\)"),
         (
             {"temperature_spread": 0.5, "temperature": 2.5, "temperature_schedule": "constant"},

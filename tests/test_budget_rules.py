@@ -114,12 +114,12 @@ def test_a_pilot_and_what_follows_it(rates, bounds, num_processes):
 def test_older_rollouts_count_less_and_a_prior_leaves_hope():
     tracker = DifficultyTracker(2, decay=0.5, prior=1.0)
     tracker.observe([0] * 4, [1.0] * 4)
-    tracker.rerank()
+    tracker.update()
     assert tracker.success_rate[0] == pytest.approx((4 + 1) / (4 + 2))
     assert np.isnan(tracker.success_rate[1])
     tracker.observe([0] * 4 + [1] * 4, [0.0] * 8)
     assert tracker.success_rate[0] == pytest.approx(5 / 6)  # until the next pass
-    tracker.rerank()
+    tracker.update()
     assert tracker.success_rate == pytest.approx([(2 + 1) / (2 + 4 + 2), 1 / 6])
     with pytest.raises(ValueError, match="decay is 0"):
         DifficultyTracker(2, decay=0)
@@ -130,7 +130,7 @@ def test_older_rollouts_count_less_and_a_prior_leaves_hope():
 def test_a_checkpoint_from_before_there_were_rates_is_read():
     tracker = DifficultyTracker(3)
     tracker.observe([0, 0, 1, 1], [1.0, 0.0, 1.0, 1.0])
-    tracker.rerank()
+    tracker.update()
     old = tracker.state_dict()
     del old["success_rate"]
     fresh = DifficultyTracker(3)
@@ -173,7 +173,7 @@ def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make
         for row in rows[16 * number : 16 * number + 16]:
             rewards = [1.0] * row["correct"] + [0.0] * (row["rollouts"] - row["correct"])
             tracker.observe([row["prompt_id"]] * row["rollouts"], rewards)
-        tracker.rerank()
+        tracker.update()
     assert {row["rollouts"] for row in rows} > {4}
 
 
@@ -233,39 +233,6 @@ def test_a_pilot_that_leaves_nothing_over_is_one_call(make_trainer):
     trainer.sample_round = lambda prompts: calls.append(len(prompts)) or sample(prompts)
     trainer.train()
     assert calls == [16, 16]
-
-
-@pytest.mark.parametrize("settings", [{}, {"prompt_selection_ratio": 0.5}, {"dataloader_num_workers": 1}], ids=str)
-def test_ranks_are_renewed_inside_a_pass(make_trainer, settings):
-    """With the rollouts of the batch before, whenever the dataloader reads; and after each pass too."""
-    sizes = {"num_generations": 16, "num_generations_max": 32, "num_generations_step": 8}
-    sizes |= {"per_device_train_batch_size": 16 * 4}
-    trainer = make_trainer(rerank_every=3, success_decay=0.5, **sizes, **settings)
-    seen, tracker, num_moved = [], DifficultyTracker(16, decay=0.5), 0
-    trainer.train()
-    rows = read_rollouts(trainer.args.output_dir)
-    steps_per_pass = trainer._train_sampler.num_batches
-    schedule = trainer.args.make_budget_schedule()
-    for step in range(1, 13):
-        batch = [row for row in rows if row["step"] == step]
-        ids = np.array([row["prompt_id"] for row in batch])
-        if step > 1 and (step - 1) % steps_per_pass == 0:
-            tracker.rerank()
-        assert [row["difficulty"] for row in batch] == [None if np.isnan(k) else k for k in tracker.difficulty[ids]]
-        bounds = schedule.bounds((step - 1) // steps_per_pass)
-        expected = load_rule("rank")(tracker.difficulty[ids], 16, *bounds)
-        assert [row["rollouts"] for row in batch] == expected.tolist()
-        if step % 3 == 1 and step > 1:
-            num_moved += (load_rule("rank")(seen[-1][ids], 16, *bounds) != expected).any()
-        seen.append(tracker.difficulty.copy())
-        for row in batch:
-            rewards = [1.0] * row["correct"] + [0.0] * (row["rollouts"] - row["correct"])
-            tracker.observe([row["prompt_id"]] * row["rollouts"], rewards)
-        if step % 3 == 0:
-            tracker.rerank(ends_pass=False)
-    changes = [step for step in range(1, 12) if not np.array_equal(seen[step - 1], seen[step], equal_nan=True)]
-    assert {3, 6, 9} <= set(changes)
-    assert num_moved > 0, "new ranks gave other budgets"
 
 
 @pytest.mark.parametrize(

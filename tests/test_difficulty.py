@@ -10,8 +10,8 @@ def test_ranks_by_cumulative_mean_with_shared_ties():
     tracker = DifficultyTracker(5)
     tracker.observe([0, 0, 1, 2], [1.0, 1.0, 0.0, 0.0])
     tracker.observe([0, 1, 3, 3], [0.0, 0.0, 1.0, 1.0])
-    assert np.isnan(tracker.difficulty).all(), "ranks change only in rerank()"
-    tracker.rerank()
+    assert np.isnan(tracker.difficulty).all(), "ranks change only in update()"
+    tracker.update()
     # means 2/3, 0, 0, 1, never sampled: ranks 2, 3.5, 3.5, 1, none
     np.testing.assert_allclose(tracker.difficulty, [0.4, 0.7, 0.7, 0.2, np.nan])
 
@@ -20,7 +20,7 @@ def test_counts_are_cumulative_over_the_run():
     tracker = DifficultyTracker(2)
     for reward in (1.0, 0.0, 0.0):
         tracker.observe([1], [reward])
-        tracker.rerank()
+        tracker.update()
     assert tracker.num_rollouts.tolist() == [0, 3]
     assert tracker.mean_reward[1] == pytest.approx(1 / 3)
 
@@ -36,7 +36,7 @@ def test_starting_difficulty_stands_until_a_prompt_is_sampled():
     np.testing.assert_allclose(tracker.difficulty, [2 / 3, 1 / 3, np.nan])
     tracker.observe([1], [0.0])
     tracker.observe([0], [1.0])
-    tracker.rerank()
+    tracker.update()
     np.testing.assert_allclose(tracker.difficulty, [1 / 3, 2 / 3, np.nan])
 
 
@@ -48,8 +48,8 @@ def test_renaming_prompts_renames_their_difficulty(rollouts, new_id):
     for prompt, reward in rollouts:
         plain.observe([prompt], [reward])
         renamed.observe([new_id[prompt]], [reward])
-    plain.rerank()
-    renamed.rerank()
+    plain.update()
+    renamed.update()
     np.testing.assert_array_equal(plain.difficulty, renamed.difficulty[list(new_id)])
 
 
@@ -57,7 +57,7 @@ def test_renaming_prompts_renames_their_difficulty(rollouts, new_id):
 def test_harder_means_a_lower_mean_reward(rollouts):
     tracker = DifficultyTracker(10)
     tracker.observe(*zip(*rollouts, strict=True))
-    tracker.rerank()
+    tracker.update()
     sampled = tracker.num_rollouts > 0
     difficulty, mean = tracker.difficulty[sampled], tracker.mean_reward[sampled]
     assert ((difficulty > 0) & (difficulty <= 1)).all()
@@ -70,12 +70,12 @@ def test_harder_means_a_lower_mean_reward(rollouts):
 def test_state_goes_on_where_it_was_saved():
     tracker, restored = DifficultyTracker(3), DifficultyTracker(3)
     tracker.observe([0, 1], [1.0, 0.0])
-    tracker.rerank()
+    tracker.update()
     tracker.observe([2], [1.0])
     restored.load_state_dict(tracker.state_dict())
     np.testing.assert_array_equal(restored.difficulty, tracker.difficulty)
-    restored.rerank()
-    tracker.rerank()
+    restored.update()
+    tracker.update()
     np.testing.assert_array_equal(restored.difficulty, tracker.difficulty)
 
 

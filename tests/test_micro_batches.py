@@ -310,7 +310,7 @@ def test_advantages_of_tokens_that_a_subclass_makes(model_path, tmp_path, micro_
         {"entropy_weighting": True, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2},
         {"dynamic_sampling": True, "max_resample_rounds": 2, "num_iterations": 2},
         {"length_bias_coef": 0.01},
-        {"rollout_allocation": "pilot", "temperature_spread": 1.0, "rerank_every": 1, "max_steps": 2, "beta": 0.1},
+        {"rollout_allocation": "pilot", "temperature_spread": 1.0, "max_steps": 2, "beta": 0.1},
     ],
     ids=str,
 )

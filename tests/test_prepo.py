@@ -205,7 +205,6 @@ def test_too_few_candidates_are_refused(make_trainer):
         ("prompt_selection_ratio", 0.5, "1.0"),
         ("entropy_weighting", True, "False"),
         ("rollout_allocation", "pilot", "rank"),
-        ("rerank_every", 5, "pass"),
         ("temperature_spread", 0.5, "0.0"),
     ],
 )

@@ -64,7 +64,7 @@ def assert_same_run(resumed, whole):
         # a rule by success rate, with older rollouts counting less: in force is what was counted when the pass began
         (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
         # ranks that change inside a pass, and a temperature for each
-        (8, {"rerank_every": 3, "success_decay": 0.5, "temperature_spread": 0.5}),
+        (8, {"success_decay": 0.5, "temperature_spread": 0.5}),
         (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
@@ -125,7 +125,7 @@ def test_the_ranks_in_force_are_restored_not_made_anew(make_trainer, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     tracker = trainer.difficulty_tracker
     assert tracker.difficulty.tolist() == saved["difficulty"].tolist()
-    tracker.rerank()
+    tracker.update()
     assert tracker.difficulty.tolist() != saved["difficulty"].tolist()
 
 

@@ -10,7 +10,7 @@ class DifficultyTracker:
 
     Prompts with equal means share the mean of their ranks (an index order would give equal prompts different budgets).
     A prompt that was never sampled has no difficulty (NaN) unless a starting one is given. Ranks change only in
-    [`DifficultyTracker.rerank`], in the paper once per pass.
+    [`DifficultyTracker.update`], in the paper once per pass.
 
     Args:
         num_prompts (`int`):
@@ -41,7 +41,7 @@ class DifficultyTracker:
     ```python
     >>> tracker = DifficultyTracker(4)
     >>> tracker.observe([0, 0, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
-    >>> tracker.rerank()
+    >>> tracker.update()
     >>> tracker.difficulty
     array([0.25 , 0.625, 0.625,   nan])
 
@@ -69,7 +69,7 @@ class DifficultyTracker:
             raise ValueError(
                 f"initial_difficulty must have shape ({num_prompts},), got {self.initial_difficulty.shape}."
             )
-        self.rerank()
+        self.update()
 
     @property
     def mean_reward(self) -> np.ndarray:
@@ -91,17 +91,11 @@ class DifficultyTracker:
         np.add.at(self.num_rollouts, prompt_ids_N[scored_N], 1)
         np.add.at(self.reward_sum, prompt_ids_N[scored_N], rewards_N[scored_N])
 
-    def rerank(self, ends_pass: bool = True) -> None:
-        """
-        Put new ranks in force.
-
-        Args:
-            ends_pass (`bool`, *optional*, defaults to `True`): whether a full pass over the dataset is over.
-        """
+    def update(self) -> None:
+        """Put new ranks in force: a full pass over the dataset is over."""
         mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
-        if ends_pass:
-            self.num_rollouts *= self.decay
-            self.reward_sum *= self.decay
+        self.num_rollouts *= self.decay
+        self.reward_sum *= self.decay
         self.success_rate = np.clip(mean_reward, 0, 1)
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`

@@ -24,7 +24,7 @@ class RolloutBudgetSampler(RepeatSampler):
 
     Args:
         difficulty (`DifficultyTracker`, *optional*):
-            Ranks of the prompts. The sampler re-ranks it when a new pass begins. `None` = prompts cannot be told
+            Ranks of the prompts. The sampler updates them when a new pass begins. `None` = prompts cannot be told
             apart; then there is no budget schedule.
         budget_schedule (`RolloutBudgetSchedule`, *optional*):
             Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
@@ -94,7 +94,7 @@ class RolloutBudgetSampler(RepeatSampler):
     def begin_pass(self, number: int) -> None:
         """Begin a pass, counted from 0: new ranks and wider bounds come into force if it is a later one."""
         if number > self.epoch and self.difficulty is not None:
-            self.difficulty.rerank()
+            self.difficulty.update()
         self.epoch = number
 
     def state_dict(self, num_batches: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 import requests
@@ -35,69 +35,8 @@ def server_errors_named(args, model) -> Iterator[None]:
         raise VLLMServerError(url, model if isinstance(model, str) else model.name_or_path, str(error)) from error
 
 
-def request_seeds(key: list[int], prompt_ids: np.ndarray) -> list[int]:
-    """
-    Sampling seeds that depend on nothing but the key, the prompt and the copy, so that a resumed or repeated run draws
-    the same completions on any number of ranks.
-
-    Args:
-        key (`list[int]`): of the call, such as the run's seed, the generation batch and the round.
-        prompt_ids (`np.ndarray` of shape `(N,)`): prompt of each row, over all ranks.
-
-    Returns:
-        `list[int]`: one seed per row. Those of a prompt's copies are consecutive: so vLLM counts within a request.
-
-    Example:
-
-    ```python
-    >>> seeds = request_seeds([42, 0], prompt_ids=[7, 7, 3, 7])
-    >>> seeds[1] - seeds[0], seeds[3] - seeds[1]
-    (1, 1)
-
-    ```
-    """
-    next_seed: dict[int, int] = {}
-    seeds = []
-    for prompt in np.asarray(prompt_ids).tolist():
-        if prompt not in next_seed:
-            next_seed[prompt] = _seed([*key, prompt])
-        seeds.append(next_seed[prompt])
-        next_seed[prompt] += 1
-    return seeds
-
-
 def _seed(key: list[int]) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-class EngineSeeds:
-    """
-    Seeds of the calls that one engine gets while one round of completions is sampled: one for all rows, and where a
-    rollout function or tools call the engine again, others for each further call.
-
-    Args:
-        key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
-        engine (`int`): number of the engine.
-        num_engines (`int`): engines that share the rows.
-        prompt_ids (`np.ndarray` of shape `(N,)`, *optional*): prompt of each row, over all ranks.
-    """
-
-    def __init__(self, key: list[int], engine: int, num_engines: int, prompt_ids: np.ndarray | None = None):
-        self.key = key
-        self.engine = engine
-        self._row_seeds: list[int] = []
-        if prompt_ids is not None:
-            num_rows = len(prompt_ids) // num_engines
-            self._row_seeds = request_seeds([*key, 0], prompt_ids)[engine * num_rows : (engine + 1) * num_rows]
-        self._num_calls = 0
-
-    def next_call(self, num_rows: int) -> tuple[int, list[int]]:
-        """A seed for a call as a whole, and one for each of its rows."""
-        call, self._num_calls = self._num_calls, self._num_calls + 1
-        seed = _seed([*self.key, call, self.engine])
-        if call == 0 and num_rows == len(self._row_seeds):
-            return seed, self._row_seeds
-        return seed, [seed + row for row in range(num_rows)]  # which prompts they belong to is not known here
 
 
 def needs_text(params) -> bool:
@@ -129,23 +68,17 @@ class RolloutGeneration(VLLMGeneration):
       groups of other sizes each other's completions. If the server is gone, all ranks get a [`VLLMServerError`] at
       the same place; TRL's error reaches the main process alone, while the others wait for it.
     - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there.
-
-    Attributes:
-        seed_requests (`bool`):
-            Whether each completion is drawn with its row's seed. Otherwise a call has one seed.
     """
 
-    seed_requests: bool = False
     _text_is_read: bool = True
-    _seeds: EngineSeeds | None = None
+    _seeds: Iterator[int] | None = None
     _temperatures: list[float] | None = None
     _server_error: str | None = None
 
     @classmethod
-    def adopt(cls, generation: VLLMGeneration, seed_requests: bool = False) -> "RolloutGeneration":
+    def adopt(cls, generation: VLLMGeneration) -> "RolloutGeneration":
         """Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it."""
         generation.__class__ = cls
-        generation.seed_requests = seed_requests
         if generation.mode == "server":
             if generation.accelerator.is_main_process:
                 client = generation.vllm_client
@@ -153,31 +86,25 @@ class RolloutGeneration(VLLMGeneration):
                 generation._client_update = client.update_named_params
                 client.update_named_params = generation._update_or_nothing
         else:
-            if generation.accelerator.device.type == "cpu" and seed_requests:
-                # vLLM rewinds the random generator of a prompt that it has read in part, and can't on a CPU.
-                generation.llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill = False
             # Below TRL, which flattens the completions of each request itself.
             generation._llm_generate = generation.llm.generate
             generation.llm.generate = generation._generate_merged
         return generation
 
     @contextmanager
-    def seeded(
-        self, key: list[int], prompt_ids: np.ndarray | None = None, temperatures: np.ndarray | None = None
-    ) -> Iterator[None]:
+    def seeded(self, key: list[int], temperatures: np.ndarray | None = None) -> Iterator[None]:
         """
-        Inside, the calls of a colocated engine are seeded, also those that a rollout function makes. TRL and rollout
-        functions call the engine themselves, and hand it no seeds, and one temperature.
+        Inside, the calls of a colocated engine are seeded, also those that a rollout function or tools make, each by
+        its number. These call the engine themselves, and hand it no seeds, and one temperature.
 
         Args:
             key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
-            prompt_ids (`np.ndarray` of shape `(N,)`, *optional*): prompt of each row, over all ranks.
             temperatures (`np.ndarray` of shape `(N,)`, *optional*): temperature of each row, if they differ.
         """
         # Processes that share an engine share its rows.
         engine = self.accelerator.process_index // self.tensor_parallel_size
         num_engines = self.accelerator.num_processes // self.tensor_parallel_size
-        self._seeds = EngineSeeds(key, engine, num_engines, prompt_ids)
+        self._seeds = (_seed([*key, call, engine]) for call in count())
         if temperatures is not None:
             self._temperatures = np.split(temperatures, num_engines)[engine].tolist()
         try:
@@ -190,33 +117,25 @@ class RolloutGeneration(VLLMGeneration):
         is_merged = getattr(sampling_params, "n", None) == 1 and all(
             "prompt_token_ids" in prompt for prompt in prompts
         )
-        whole_call, seeds = nullcontext(), None
+        whole_call = nullcontext()
         if self._seeds is not None:
-            call_seed, row_seeds = self._seeds.next_call(len(prompts))
-            if self.seed_requests and is_merged:
-                seeds = row_seeds
-            else:
-                whole_call = seeded_engine(call_seed, self.accelerator.device)
+            whole_call = seeded_engine(next(self._seeds), self.accelerator.device)
         if is_merged:
             detokenize = sampling_params.detokenize and (self._text_is_read or needs_text(sampling_params))
-            prompts, sampling_params = self._merge(prompts, sampling_params, seeds, detokenize, self._temperatures)
+            prompts, sampling_params = self._merge(prompts, sampling_params, detokenize, self._temperatures)
         with whole_call:
             return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
 
     @staticmethod
     def _merge(
-        prompts: list[dict], params, seeds: list[int] | None, detokenize: bool, temperatures: list[float] | None
+        prompts: list[dict], params, detokenize: bool, temperatures: list[float] | None
     ) -> tuple[list[dict], list]:
-        """
-        Requests in place of neighbouring rows with the same prompt and temperature and, where they have any,
-        consecutive seeds.
-        """
+        """Requests in place of neighbouring rows with the same prompt and temperature."""
         if temperatures is None:
             temperatures = [params.temperature] * len(prompts)
 
         def request(row: int):
-            offset = None if seeds is None else seeds[row] - row
-            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), offset, temperatures[row]
+            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), temperatures[row]
 
         merged_prompts, merged_params = [], []
         for _, group in groupby(range(len(prompts)), key=request):
@@ -224,7 +143,6 @@ class RolloutGeneration(VLLMGeneration):
             merged_prompts.append(prompts[first])
             merged_params.append(params.clone())
             merged_params[-1].n = 1 + len(copies)
-            merged_params[-1].seed = None if seeds is None else seeds[first]
             merged_params[-1].temperature = temperatures[first]
             merged_params[-1].detokenize = detokenize
         return merged_prompts, merged_params

@@ -13,10 +13,6 @@ from ..config import E3GRPOConfig
 from .dashboards import DASHBOARDS
 
 
-# Tokens that TRL lets vLLM read at once. With chunked prefill off, which request seeds need on a CPU, longer prompts
-# (or ones that were put off with what they had sampled) would wait for ever.
-CPU_PREFILL = 4096
-
 # What TRL passes to every reward function besides the columns of the dataset.
 _REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
@@ -72,7 +68,6 @@ def check_run(
         "prompt_selection_ratio": args.prompt_selection_ratio < 1,
         "entropy_weighting": args.entropy_weighting,
         "rollout_allocation": args.rollout_allocation == "pilot",
-        "rerank_every": args.rerank_batches is not None,
         "temperature_spread": args.temperature_spread > 0,
     }
     for name, is_set in text_only.items():
@@ -174,11 +169,6 @@ def check_colocated_vllm(
         raise ValueError(
             f"vllm_max_model_length is {args.vllm_max_model_length}, {both}. Set it to {needed} or more, shorten "
             "max_completion_length, or drop the longest prompts."
-        )
-    if device == "cpu" and args.vllm_request_seeds and needed > CPU_PREFILL:
-        raise ValueError(
-            f"vllm_request_seeds is True, and vLLM on a CPU then reads at most {CPU_PREFILL} tokens at once; the "
-            f"longest prompt and max_completion_length are {needed} together. Set it to False."
         )
 
 

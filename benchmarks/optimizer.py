@@ -49,8 +49,8 @@ from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import DifficultyTracker, E3GRPOConfig, E3GRPOTrainer, RolloutBudgetSchedule
-from e3_trl.method.micro_batches import plan_micro_batches
-from e3_trl.rollouts.sampler import RolloutBudgetSampler
+from e3_trl.batch.sampler import RolloutBudgetSampler
+from e3_trl.grpo.plan import plan_micro_batches
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, PrinterCallback
 
 from benchmarks.study.run import NUM_SAMPLES, count_correct
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
-from e3_trl.runs.describe import write_json
+from e3_trl.runs.report import write_json
 from recipes.quickstart.prepare import Arguments as BaseArguments
 from recipes.quickstart.prepare import main as prepare
 from recipes.quickstart.task import RuleTask

@@ -21,8 +21,9 @@ import numpy as np
 
 from e3_trl import read_rollout_columns
 from e3_trl.replay import read_batches
-from e3_trl.rollouts.telemetry import FILE_NAME, RolloutLog
 from e3_trl.runs.figures import draw_runs
+from e3_trl.runs.rollout_log import RolloutLog
+from e3_trl.runs.run_folder import ROLLOUTS_FILE
 
 
 PROMPTS_PER_STEP, STEPS_PER_PASS = 1000, 100
@@ -56,13 +57,13 @@ def measure_rows(num_rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_run(folder, num_rows)
-        path = folder / FILE_NAME
+        path = folder / ROLLOUTS_FILE
 
         def count_lines():
             with open(path, "rb") as file:
                 sum(1 for _ in file)
 
-        print(f"{FILE_NAME}: {num_rows:,} rows, {path.stat().st_size / 1e9:.2f} GB")
+        print(f"{ROLLOUTS_FILE}: {num_rows:,} rows, {path.stat().st_size / 1e9:.2f} GB")
         lines = timed(count_lines)
         for name, function in {
             "read its columns": lambda: read_rollout_columns(folder),

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, PrinterCallback
 
 from benchmarks.study.run import NUM_SAMPLES, STUDY, count_correct, read_study
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, TemperatureCallback, TemperatureSchedule, dotted_path
-from e3_trl.runs.describe import write_json
+from e3_trl.runs.report import write_json
 from recipes.quickstart.prepare import make_base
 
 

@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .batch.sampler import RolloutBudgetSampler
     from .callbacks import TemperatureCallback
     from .config import E3GRPOConfig
     from .evaluation.metrics import pass_at_k
+    from .grpo.config import FastGRPOConfig
+    from .grpo.trainer import FastGRPOTrainer
     from .method.advantages import group_advantages
     from .method.budget import RolloutBudgetSchedule, allocate_rollouts
     from .method.difficulty import DifficultyTracker
     from .method.temperature import TemperatureSchedule
     from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
-    from .rollouts.sampler import RolloutBudgetSampler
-    from .rollouts.telemetry import read_rollout_columns, read_rollouts
+    from .runs.rollout_log import read_rollout_columns, read_rollouts
     from .trainer import E3GRPOTrainer
 
 __version__ = "0.1.0"
@@ -25,7 +27,9 @@ _MODULES = {
     "DifficultyTracker": "method.difficulty",
     "E3GRPOConfig": "config",
     "E3GRPOTrainer": "trainer",
-    "RolloutBudgetSampler": "rollouts.sampler",
+    "FastGRPOConfig": "grpo.config",
+    "FastGRPOTrainer": "grpo.trainer",
+    "RolloutBudgetSampler": "batch.sampler",
     "RolloutBudgetSchedule": "method.budget",
     "TemperatureCallback": "callbacks",
     "TemperatureSchedule": "method.temperature",
@@ -34,13 +38,15 @@ _MODULES = {
     "math_accuracy_reward": "rewards",
     "math_reasoning_accuracy_reward": "rewards",
     "pass_at_k": "evaluation.metrics",
-    "read_rollout_columns": "rollouts.telemetry",
-    "read_rollouts": "rollouts.telemetry",
+    "read_rollout_columns": "runs.rollout_log",
+    "read_rollouts": "runs.rollout_log",
 }
 __all__ = [
     "DifficultyTracker",
     "E3GRPOConfig",
     "E3GRPOTrainer",
+    "FastGRPOConfig",
+    "FastGRPOTrainer",
     "RolloutBudgetSampler",
     "RolloutBudgetSchedule",
     "TemperatureCallback",

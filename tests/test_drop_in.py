@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, read_rollouts
-from e3_trl.rollouts.rollout_func import check_rollouts, misplaced_row
+from e3_trl.batch.rollout_func import check_rollouts, misplaced_row
 from e3_trl.runs.checkpoint import dataset_fingerprint
 
 
@@ -370,8 +370,15 @@ def test_rewards_that_a_subclass_makes_without_super_are_named(make_trainer):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             return torch.ones(len(prompts), 1)
 
+    class Halved(E3GRPOTrainer):
+        def score_round(self, *args):
+            return super().score_round(*args) / 2
+
     with pytest.raises(RuntimeError, match="_calculate_rewards is overridden without a call of super"):
         make_trainer(Mine, max_steps=1).train()
+    trainer = make_trainer(Halved, max_steps=1)
+    trainer.train()
+    assert set(trainer.difficulty_tracker.reward_sum % 1) == {0.0, 0.5}, "what is changed in score_round is counted"
 
 
 # --- batches and steps that do not line up

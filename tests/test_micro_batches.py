@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from e3_trl import E3GRPOTrainer
-from e3_trl.method.micro_batches import plan_micro_batches
+from e3_trl import E3GRPOTrainer, FastGRPOTrainer
+from e3_trl.grpo.plan import plan_micro_batches
 
 
 E3_OFF = {"rollout_allocation": "uniform", "temperature_schedule": "constant"}
@@ -91,7 +91,9 @@ def force_completions(trainer, tokens=(2, 40), engine=False):
     trainer._generate_single_turn = generate
     if engine:
         trainer.use_vllm, trainer._last_loaded_step = True, -1
-        trainer.vllm_generation = SimpleNamespace(seeded=lambda *_: nullcontext(), sync_weights=lambda: None)
+        trainer.vllm_generation = SimpleNamespace(
+            seeded=lambda key: nullcontext(), at_temperatures=lambda each: nullcontext(), sync_weights=lambda: None
+        )
 
 
 def half_the_prompts_reward(prompts, completions, **kwargs):
@@ -102,9 +104,8 @@ def half_the_prompts_reward(prompts, completions, **kwargs):
     ]
 
 
-def train(model_path, output_dir, trainer_class=E3GRPOTrainer, engine=False, tokens=(2, 40), **overrides):
-    """The gradients of a short run, of E3 with both of its parts off; and its trainer, with rows it has forwarded."""
-    is_stock = not issubclass(trainer_class, E3GRPOTrainer)
+def train(model_path, output_dir, trainer_class=FastGRPOTrainer, engine=False, tokens=(2, 40), **overrides):
+    """The gradients of a short run; E3's with both of its parts off. And its trainer, with rows it has forwarded."""
     settings = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
@@ -114,7 +115,7 @@ def train(model_path, output_dir, trainer_class=E3GRPOTrainer, engine=False, tok
         "optim": "sgd",
         "reward_funcs": half_the_prompts_reward,
     }
-    settings |= {"config_class": GRPOConfig} if is_stock else E3_OFF
+    settings |= E3_OFF if issubclass(trainer_class, E3GRPOTrainer) else {}
     trainer = build_trainer(model_path, output_dir, trainer_class, **settings | overrides)
     force_completions(trainer, tokens, engine)
     gradients = Gradients()
@@ -175,11 +176,14 @@ def stock(model_path, tmp_path_factory):
     return gradients
 
 
-@pytest.mark.parametrize("policy", ["rows", "tokens"])
+@pytest.mark.parametrize(
+    ("trainer_class", "policy"),
+    [(FastGRPOTrainer, "rows"), (FastGRPOTrainer, "tokens"), (E3GRPOTrainer, "rows")],
+)
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_gradients_of_each_loss_are_those_of_stock(model_path, tmp_path, stock, loss_type, policy):
+def test_gradients_of_each_loss_are_those_of_stock(model_path, tmp_path, stock, loss_type, trainer_class, policy):
     expected = stock(loss_type=loss_type)
-    found, trainer = train(model_path, tmp_path, loss_type=loss_type, micro_batching=policy)
+    found, trainer = train(model_path, tmp_path, trainer_class, loss_type=loss_type, micro_batching=policy)
     assert_same_gradients(found, expected)
     shapes = {batch["completion_ids"].shape for batch in trainer._buffered_inputs if "completion_ids" in batch}
     assert len(shapes) > 1, "micro-batches differ"
@@ -298,7 +302,7 @@ class PerToken:
 def test_advantages_of_tokens_that_a_subclass_makes(model_path, tmp_path, micro_batching):
     settings = {"loss_type": "grpo", "num_iterations": 2}
     expected, _ = train(model_path, tmp_path / "stock", type("Stock", (PerToken, GRPOTrainer), {}), **settings)
-    mine = type("Mine", (PerToken, E3GRPOTrainer), {})
+    mine = type("Mine", (PerToken, FastGRPOTrainer), {})
     found, _ = train(model_path, tmp_path / "e3", mine, micro_batching=micro_batching, **settings)
     assert_same_gradients(found, expected)
 
@@ -315,7 +319,7 @@ def test_advantages_of_tokens_that_a_subclass_makes(model_path, tmp_path, micro_
     ids=str,
 )
 def test_parts_of_e3_work_on_planned_rows_as_on_trls(model_path, tmp_path, settings):
-    settings = {"loss_type": "grpo", "engine": True} | settings
+    settings = {"loss_type": "grpo", "engine": True, "trainer_class": E3GRPOTrainer} | settings
     expected, trls = train(model_path, tmp_path / "none", micro_batching="none", **settings)
     found, trainer = train(model_path, tmp_path / "rows", **settings)
     assert_same_gradients(found, expected)
@@ -347,7 +351,9 @@ FROZEN = {"learning_rate": 0.0, "max_steps": 1}
 @pytest.mark.parametrize("policy", ["rows", "tokens"])
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_logged_entropy_is_that_of_all_tokens(model_path, tmp_path, policy, estimator):
-    _, trainer = train(model_path, tmp_path, micro_batching=policy, entropy_estimator=estimator, **FROZEN)
+    _, trainer = train(
+        model_path, tmp_path, E3GRPOTrainer, micro_batching=policy, entropy_estimator=estimator, **FROZEN
+    )
     assert any("left_out" in batch for batch in trainer._buffered_inputs)
     assert sum(trainer.forwarded) == 16
     with torch.no_grad():
@@ -357,7 +363,7 @@ def test_logged_entropy_is_that_of_all_tokens(model_path, tmp_path, policy, esti
 
 
 def test_sampled_entropy_is_the_engines_where_rows_are_left_out(model_path, tmp_path):
-    _, trainer = train(model_path, tmp_path, entropy_estimator="sampled", engine=True, **FROZEN)
+    _, trainer = train(model_path, tmp_path, E3GRPOTrainer, entropy_estimator="sampled", engine=True, **FROZEN)
     trained = [batch for batch in trainer._buffered_inputs if "completion_ids" in batch]
     num_trained = sum(len(batch["completion_ids"]) for batch in trained)
     assert 0 < num_trained < 16
@@ -377,9 +383,8 @@ def test_a_window_without_anything_to_learn(model_path, tmp_path):
     def equal(completions, **kwargs):
         return [1.0] * len(completions)
 
-    gradients, trainer = train(
-        model_path, tmp_path, reward_funcs=equal, num_iterations=2, temperature_schedule="entropy"
-    )
+    settings = {"reward_funcs": equal, "num_iterations": 2, "temperature_schedule": "entropy"}
+    gradients, trainer = train(model_path, tmp_path, E3GRPOTrainer, **settings)
     assert all(gradient.eq(0).all() for gradient in gradients)
     sizes = [len(batch.get("completion_ids", [])) for batch in trainer._buffered_inputs]
     assert sizes == [1, 0, 0, 1]

@@ -8,9 +8,9 @@ import pytest
 from e3_trl import TemperatureSchedule
 from e3_trl.commands.plot import main
 from e3_trl.method.temperature import exact_temperature, mean_entropy
-from e3_trl.rollouts.telemetry import RolloutLog
-from e3_trl.runs.describe import read_benchmarks
 from e3_trl.runs.figures import Run, draw_formula, draw_runs, group_runs
+from e3_trl.runs.report import read_benchmarks
+from e3_trl.runs.rollout_log import RolloutLog
 
 
 CURVES = {"entropy", "temperature", "all_wrong", "reward"}

@@ -72,7 +72,7 @@ def test_prompts_are_chosen_by_perplexity_under_the_current_policy(make_trainer,
     trainer.train()
     perplexity = np.array([reference_perplexity(model_path, prompt) for prompt in LONG["prompt"]])
     rows = list(read_rollouts(trainer.args.output_dir))
-    sampler = trainer._train_sampler
+    sampler = trainer.passes.sampler
     for step in range(1, 10):
         sampler.epoch = (step - 1) // 3
         position = (step - 1) % 3
@@ -190,7 +190,9 @@ def test_a_resumed_run_chooses_the_same_prompts(make_trainer):
 
 @pytest.mark.parametrize("ratio", [0.0, 1.5, 0.1])
 def test_a_ratio_out_of_range_is_refused(tmp_path, ratio):
-    with pytest.raises(ValueError, match=rf"prompt_selection_ratio is {ratio}.*num_generations \(0.125\)"):
+    with pytest.raises(
+        ValueError, match=rf"prompt_selection_ratio is {ratio}.*1 / num_generations \(num_generations is 8\)"
+    ):
         E3GRPOConfig(output_dir=str(tmp_path), prompt_selection_ratio=ratio, use_cpu=True, bf16=False)
 
 

@@ -20,10 +20,11 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
-from e3_trl.callbacks import TerminationCallback
-from e3_trl.rollouts.reward_errors import RewardError
-from e3_trl.runs.checkpoint import complete_checkpoints, load_window, run_id, save_window
-from e3_trl.runs.describe import read_log
+from e3_trl.grpo.reward_errors import RewardError
+from e3_trl.runs.checkpoint import load_state, save_state
+from e3_trl.runs.report import read_log
+from e3_trl.runs.run_folder import complete_checkpoints, run_id
+from e3_trl.runs.termination import TerminationCallback
 
 
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -96,7 +97,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, model_p
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
     kill(model_path, tmp_path / "killed", kill_at=6, while_saving=True, **settings)
-    assert (tmp_path / "killed" / "checkpoint-6" / "e3_state.json").exists()
+    assert (tmp_path / "killed" / "checkpoint-6" / "run_state.json").exists()
     resumed = make_trainer(output_dir="killed", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(resumed, whole)
@@ -110,17 +111,19 @@ def checkpoint(make_trainer):
 
 
 def test_state_is_json_and_safetensors(checkpoint):
-    state = json.loads((checkpoint / "e3_state.json").read_text())["state"]
-    assert state["sampler"] == {"pass": 1, "position": 2, "num_generations_min": 2, "num_generations_max": 6}
+    state = json.loads((checkpoint / "run_state.json").read_text())["state"]
+    parts = state["parts"]
+    assert parts["passes"] == {"pass": 1, "position": 2, "num_generations_min": 2, "num_generations_max": 6}
     assert state["dataset"]["num_prompts"] == 16
-    assert state["temperature_schedule"]["step_count"] == 6
-    assert state["temperature_schedule"]["initial_entropy"] > 0
-    assert load_file(checkpoint / "e3_difficulty.safetensors")["num_rollouts"].sum() == 6 * 16
+    assert parts["temperature_schedule"]["schedule"]["step_count"] == 6
+    assert parts["temperature_schedule"]["schedule"]["initial_entropy"] > 0
+    arrays = load_file(checkpoint / "run_state.safetensors")
+    assert arrays[parts["difficulty"]["num_rollouts"]["array"]].sum() == 6 * 16
 
 
 def test_the_ranks_in_force_are_restored_not_made_anew(make_trainer, checkpoint):
     """Two steps into a pass the counts have moved on, the ranks have not."""
-    saved = load_file(checkpoint / "e3_difficulty.safetensors")
+    saved = load_state(checkpoint / "run_state.json")["parts"]["difficulty"]
     trainer = make_trainer(max_steps=7)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     tracker = trainer.difficulty_tracker
@@ -160,13 +163,13 @@ def flip_a_bit(path):
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("e3_state.json", cut),
-        ("e3_state.json", change_a_number),
-        ("e3_state.json", lambda path: path.write_text("[]")),
-        ("e3_state.json", os.remove),
-        ("e3_difficulty.safetensors", cut),
-        ("e3_difficulty.safetensors", flip_a_bit),
-        ("e3_difficulty.safetensors", os.remove),
+        ("run_state.json", cut),
+        ("run_state.json", change_a_number),
+        ("run_state.json", lambda path: path.write_text("[]")),
+        ("run_state.json", os.remove),
+        ("run_state.safetensors", cut),
+        ("run_state.safetensors", flip_a_bit),
+        ("run_state.safetensors", os.remove),
     ],
 )
 def test_a_damaged_file_is_named(make_trainer, checkpoint, name, damage):
@@ -178,15 +181,19 @@ def test_a_damaged_file_is_named(make_trainer, checkpoint, name, damage):
     assert json.loads(log.read_text().splitlines()[-1]) == rollouts, "what is refused loses nothing"
 
 
-def test_a_damaged_window_is_named(tmp_path):
-    save_window(tmp_path, 0, [{"advantages": torch.ones(3), "num_images": [1, 2], "nothing": None}])
-    assert load_window(tmp_path, 0, "cpu") == [{"advantages": pytest.approx(torch.ones(3)), "num_images": [1, 2]}]
-    with pytest.raises(ValueError, match=r"e3_generation_window_1.safetensors is damaged \(the file is missing\)"):
-        load_window(tmp_path, 1, "cpu")
-    for damage in (flip_a_bit, cut):
-        damage(tmp_path / "e3_generation_window_0.safetensors")
-        with pytest.raises(ValueError, match=r"e3_generation_window_0.safetensors is damaged"):
-            load_window(tmp_path, 0, "cpu")
+def test_a_state_comes_back_as_it_was(tmp_path):
+    batch = {"advantages": torch.ones(3), "num_images": [1, 2], "nothing": None, "left_out": {"ids": torch.arange(2)}}
+    path = tmp_path / "run_state_of_process_0.json"
+    save_state(path, {"micro_batches": [batch, {}], "mean": 0.1})
+    found = load_state(path, torch.device("cpu"))
+    (first, second), left_out = found["micro_batches"], found["micro_batches"][0].pop("left_out")
+    assert first == {"advantages": pytest.approx(torch.ones(3)), "num_images": [1, 2], "nothing": None}
+    assert (left_out["ids"].tolist(), second, found["mean"]) == ([0, 1], {}, 0.1)
+    assert load_state(tmp_path / "run_state_of_process_1.json") is None
+    for damage in (flip_a_bit, cut, os.remove):
+        damage(path.with_suffix(".safetensors"))
+        with pytest.raises(ValueError, match=r"run_state_of_process_0.safetensors is damaged"):
+            load_state(path)
 
 
 def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplog):
@@ -195,10 +202,10 @@ def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplo
     trainer = make_trainer(max_steps=9)
     with caplog.at_level("WARNING"):
         trainer.train(resume_from_checkpoint=f"{grpo.args.output_dir}/checkpoint-6")
-    assert "holds no E3 state" in caplog.text
+    assert "holds no state of the run" in caplog.text
     assert trainer.state.global_step == 9
     assert trainer.temperature_schedule.step_count == 9, "annealing keeps the run's own count"
-    assert trainer._train_sampler.epoch == 2
+    assert trainer.passes.sampler.epoch == 2
     assert trainer.num_generation_batches == 9
 
 
@@ -272,7 +279,7 @@ def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
     resumed = make_trainer(max_steps=6, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.log_history[:4] == new.state.log_history[:4]
-    assert run_id(folder) == run_id(folder / "checkpoint-6") == new.run_id != old.run_id
+    assert run_id(folder) == run_id(folder / "checkpoint-6") == new.lifecycle.run_id != old.lifecycle.run_id
     make_trainer(max_steps=1).train()
     assert steps_of(folder / "_earlier" / "2") == [4, 6]
 
@@ -307,7 +314,7 @@ def test_half_a_log_stops_no_run(make_trainer):
     assert (log.parent / "_earlier" / "1" / log.name).exists()
 
 
-@pytest.mark.parametrize("name", ["e3_state.json", "e3_difficulty.safetensors", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["run_state.json", "run_state.safetensors", "model.safetensors", "optimizer.pt"])
 def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
     settings = {"save_strategy": "steps", "save_steps": 2}
     run = make_trainer(max_steps=6, **settings)
@@ -320,7 +327,7 @@ def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
     assert resumed.state.log_history[3]["step"] == 4
     assert len(read_log(run.args.output_dir)) >= 6
     for checkpoint in Path(run.args.output_dir).glob("checkpoint-*"):
-        (checkpoint / "e3_state.json").write_text("{")
+        (checkpoint / "run_state.json").write_text("{")
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         make_trainer().train(resume_from_checkpoint=True)
 
@@ -506,13 +513,13 @@ def test_another_runs_checkpoint_is_not_taken_for_its_own(make_trainer):
     # Named, it is that run that goes on; what the folder had is moved aside.
     resumed = make_trainer(max_steps=5)
     resumed.train(resume_from_checkpoint=str(folder / "_earlier" / "1" / "checkpoint-4"))
-    assert resumed.run_id == old.run_id
+    assert resumed.lifecycle.run_id == old.lifecycle.run_id
     assert steps_of(folder) == []
     assert {row["step"] for row in rows(resumed)} == {5}
 
 
 def test_a_checkpoint_or_a_folder_that_names_no_run_is_taken(checkpoint):
-    folder, state, run = checkpoint.parent, checkpoint / "e3_state.json", checkpoint.parent / "run.json"
+    folder, state, run = checkpoint.parent, checkpoint / "run_state.json", checkpoint.parent / "run.json"
     for file in (run, state):  # copied from elsewhere; TRL's own
         data = file.read_bytes()
         file.unlink()
@@ -578,10 +585,10 @@ def test_a_trainer_that_trains_again_begins_again(make_trainer):
     """Ctrl-C and `train()` in a notebook: difficulty, temperature and annealing went on from the first run."""
     trainer = make_trainer(max_steps=6)
     trainer.train()
-    first = trainer.run_id, trainer.difficulty_tracker.num_rollouts.sum(), trainer.temperature
+    first = trainer.lifecycle.run_id, trainer.difficulty_tracker.num_rollouts.sum(), trainer.temperature
     assert first[2] != 1.0
     trainer.train()
-    assert trainer.run_id != first[0]
+    assert trainer.lifecycle.run_id != first[0]
     assert trainer.difficulty_tracker.num_rollouts.sum() == first[1]
     assert trainer.num_generation_batches == 6
     assert trainer.temperature_schedule.step_count == 6

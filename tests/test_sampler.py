@@ -75,7 +75,7 @@ def test_the_order_follows_from_the_epoch_alone():
 def test_place_names_pass_position_and_bounds():
     sampler = make_sampler()
     sampler.begin_pass(2)
-    assert sampler.state_dict(num_batches=11) == {
+    assert sampler.state_to_save(num_batches=11) == {
         "pass": 2,
         "position": 3,
         "num_generations_min": 2,

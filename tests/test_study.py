@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.study import foretell, report, run
-from e3_trl.rollouts.telemetry import RolloutLog
+from e3_trl.runs.rollout_log import RolloutLog
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import json
+import os
 import tempfile
 
 import numpy as np
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import read_rollout_columns, read_rollouts
-from e3_trl.rollouts.telemetry import RolloutLog, rollout_counts, rollout_metrics
+from e3_trl.method.counts import rollout_counts, rollout_metrics
+from e3_trl.runs.rollout_log import RolloutLog
+from e3_trl.runs.run_folder import end_of_step
 
 
 NAN = float("nan")
@@ -121,7 +124,7 @@ def test_a_resumed_run_keeps_the_whole_rows_up_to_its_step(steps, step, cut):
         log = RolloutLog(folder)
         log.path.write_text("".join(rows)[: max(0, sum(map(len, rows)) - cut)])
         expected = [row for row in read_rollouts(folder) if row["step"] <= step]
-        log.resume(step)
+        os.truncate(log.path, end_of_step(log.path, step))
         assert read_rollouts(folder) == expected
         assert log.path.read_text() == "".join(rows[: len(expected)])
 
@@ -134,6 +137,6 @@ def test_half_a_row_breaks_neither_reading_nor_resuming(tmp_path, cut):
     whole = log.path.read_text()
     log.path.write_text(whole[:-cut])
     assert read_rollouts(tmp_path) == read_rollouts(tmp_path)[:8]
-    log.resume(step=2)
+    os.truncate(log.path, end_of_step(log.path, 2))
     append(log, 3)
     assert log.path.read_text() == whole

@@ -120,13 +120,13 @@ def test_each_row_is_sampled_at_its_own_temperature_and_the_others_at_the_traine
     )
     sample_round = trainer.sample_round
 
-    def spy(prompts):
+    def spy(newest, prompts):
         ids = [list(dataset["prompt"]).index(prompt) for prompt in prompts]
         model_state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         rounds.append(
             (len(drawn), prompts[:], trainer.difficulty_tracker.difficulty[ids], trainer.temperature, model_state)
         )
-        return sample_round(prompts)
+        return sample_round(newest, prompts)
 
     trainer.sample_round = spy
     trainer.train()

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from e3_trl import read_rollouts
 from e3_trl.commands import train
-from e3_trl.runs import figures, validation
+from e3_trl.grpo import checks
+from e3_trl.runs import figures
 from e3_trl.runs.dashboards import DashboardCallback
 
 
@@ -134,7 +135,7 @@ def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
 
 
 def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(make_trainer, monkeypatch):
-    monkeypatch.setattr(validation, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(checks, "get_available_reporting_integrations", list)
     with pytest.raises(ValueError, match=r"report_to is \['wandb'\], and wandb is not installed. `pip install wandb`"):
         make_trainer(model="no/such/model", report_to="wandb")
     with pytest.raises(ValueError, match="tensorbord is not supported"):

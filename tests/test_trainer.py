@@ -16,13 +16,12 @@ from conftest import (
     vowel_reward,
 )
 from peft import LoraConfig
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from e3_trl import E3GRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
+from e3_trl import FastGRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
+from e3_trl.grpo.evaluation import SampledAhead
 from e3_trl.method.advantages import group_advantages
-from e3_trl.rollouts.evaluation import Evaluation
 
 
 def record_rewards(trainer) -> list[torch.Tensor]:
@@ -279,18 +278,22 @@ REFERENCE_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", REFERENCE_SETTINGS)
-def test_uniform_and_constant_equals_grpo_to_the_last_bit(make_trainer, settings):
+def test_both_trainers_equal_grpo_to_the_last_bit(make_trainer, settings):
+    """E3's with its two parts off."""
     funcs = [vowel_reward, length_reward] if "reward_weights" in settings else sometimes_none_reward
     settings = {"max_steps": 10, "reward_funcs": funcs} | settings
-    e3 = make_trainer(rollout_allocation="uniform", temperature_schedule="constant", micro_batching="none", **settings)
-    e3.train()
-    grpo = make_trainer(GRPOTrainer, GRPOConfig, **settings)
+    grpo = make_trainer(GRPOTrainer, **settings)
     grpo.train()
-    for name in ("loss", "reward", "entropy", "grad_norm", "frac_reward_zero_std"):
-        assert logged(e3, name) == logged(grpo, name), name
-    assert len(logged(e3, "loss")) == 10
-    for mine, trls in zip(e3.model.parameters(), grpo.model.parameters(), strict=True):
-        assert torch.equal(mine, trls)
+    settings |= {"micro_batching": "none"}
+    fast = make_trainer(FastGRPOTrainer, **settings)
+    e3 = make_trainer(rollout_allocation="uniform", temperature_schedule="constant", **settings)
+    for trainer in (fast, e3):
+        trainer.train()
+        for name in ("loss", "reward", "entropy", "grad_norm", "frac_reward_zero_std", "completions/mean_length"):
+            assert logged(trainer, name) == logged(grpo, name), name
+        assert len(logged(trainer, "loss")) == 10
+        for mine, trls in zip(trainer.model.parameters(), grpo.model.parameters(), strict=True):
+            assert torch.equal(mine, trls)
 
 
 @pytest.mark.parametrize(
@@ -335,51 +338,7 @@ def test_conversational_prompts(make_trainer):
     assert trainer.difficulty_tracker.num_rollouts.sum() == 12 * 16
 
 
-@pytest.mark.parametrize("make_data", [make_dataset, make_chat_dataset], ids=["text", "chat"])
-@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
-def test_each_prompt_is_tokenised_and_copied_once(make_trainer, monkeypatch, make_data, stream):
-    """Every row was, of which a prompt has as many as its budget; what comes of it is the same."""
-    dataset = make_data().to_iterable_dataset() if stream else make_data()
-    settings = {
-        "train_dataset": dataset,
-        "rollout_allocation": "uniform" if stream else "rank",
-        "eval_dataset": make_data(),
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "per_device_eval_batch_size": 16,
-        "num_generations_step": 2,
-        "max_steps": 8,
-    }
-    tokenised, objects = [], []
-    tokenize, generate = GRPOTrainer._tokenize_prompts, GRPOTrainer._generate
-
-    def tokenize_spy(self, prompts):
-        tokenised.append(len(prompts))
-        return tokenize(self, prompts)
-
-    def generate_spy(self, prompts):
-        objects.append(len(set(map(id, prompts))))
-        output = generate(self, prompts)
-        assert output[0] == tokenize(self, prompts)[0]
-        assert len(set(map(id, output[0]))) == len(prompts), "no row writes into another one's"
-        return output
-
-    monkeypatch.setattr(GRPOTrainer, "_tokenize_prompts", tokenize_spy)
-    monkeypatch.setattr(GRPOTrainer, "_generate", generate_spy)
-    trainer = make_trainer(**settings)
-    trainer.train()
-    assert tokenised == objects == 2 * ([4] * 4 + [4] * 4), "8 steps, and after 4 an evaluation: 4 prompts a batch"
-
-    monkeypatch.setattr(E3GRPOTrainer, "_tokenize_prompts", tokenize)
-    monkeypatch.setattr("e3_trl.trainer.share_copies", lambda trainer, prompts: prompts)
-    every_row = make_trainer(**settings, output_dir="every_row")
-    every_row.train()
-    for name in ("loss", "reward", "eval_reward", "num_tokens"):
-        assert logged(trainer, name) == logged(every_row, name)
-
-
 def test_a_reward_function_may_write_into_its_rows(make_trainer):
-    """Copies of a prompt are one object only while they are tokenised."""
     lengths = []
 
     def reward(prompts, completions, threshold, **kwargs):
@@ -393,15 +352,6 @@ def test_a_reward_function_may_write_into_its_rows(make_trainer):
     assert lengths == [2] * 32
 
 
-def test_what_a_tokenizer_says_of_each_token_is_there_for_every_row(make_trainer):
-    trainer = make_trainer(train_dataset=make_chat_dataset())
-    trainer.processing_class.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    prompts = [[{"role": "user", "content": text}] for text in ("a", "a", "bc", "a")]
-    prompt_ids, _, fields = tokenized = trainer._tokenize_prompts(prompts)
-    assert tokenized == GRPOTrainer._tokenize_prompts(trainer, prompts)
-    assert [len(ids) for ids in fields["token_type_ids"]] == [len(ids) for ids in prompt_ids]
-
-
 def test_streams_train_with_uniform_budgets(make_trainer):
     trainer = make_trainer(train_dataset=make_dataset().to_iterable_dataset(), rollout_allocation="uniform")
     trainer.train()
@@ -413,7 +363,7 @@ def test_gradient_agrees_with_a_plain_reference(make_trainer):
     trainer = make_trainer(loss_type="grpo", max_steps=7, num_generations_step=2, max_grad_norm=0.0)
     trainer.train()
     model, temperature, batch = trainer.model, trainer.temperature, None
-    sampler = iter(trainer._train_sampler)
+    sampler = iter(trainer.passes.sampler)
     ids = [next(sampler) for _ in range(16)]
     model.train()
     recorded = record_rewards(trainer)
@@ -504,11 +454,13 @@ def test_evaluation_logs_pass_at_k_of_the_correctness_reward(make_trainer):
 
 
 def test_completions_sampled_ahead_are_taken_once_or_not_at_all():
-    evaluation = Evaluation(DataLoader(make_dataset(2)), ahead=True)
-    evaluation.add([[1], [2], [1]], [[5], [6], [7]], [[0.5], [0.6], [0.7]])
-    assert evaluation.take([[1], [3]]) is evaluation.take([[2], [2]]) is None
-    assert evaluation.take([[1], [1]]) == ([[5], [7]], [[0.5], [0.7]])
-    assert evaluation.take([[1]]) is None
+    ahead = SampledAhead([[1], [2], [1]])
+    assert ahead.is_waiting
+    ahead.add(([[5], [6], [7]], [[0.5], [0.6], [0.7]], None))
+    assert not ahead.is_waiting
+    assert ahead.take([[1], [3]]) is ahead.take([[2], [2]]) is None
+    assert ahead.take([[1], [1]]) == ([[5], [7]], [[0.5], [0.7]], None)
+    assert ahead.take([[1]]) is None
 
 
 def test_evaluation_with_one_sample_per_prompt(make_trainer):

@@ -3,27 +3,33 @@ What e3_trl hooks in TRL, transformers and accelerate. None of them promises to 
 here, by name, and not in a training run.
 """
 
+import ast
 import configparser
+import importlib
 import inspect
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
-from transformers import Trainer
 from transformers import trainer as transformers_trainer
 from trl import GRPOTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
-from e3_trl import E3GRPOTrainer
-from e3_trl.runs import checkpoint
+import e3_trl
+from e3_trl import E3GRPOTrainer, FastGRPOTrainer
+from e3_trl.grpo import trl_names
+from e3_trl.runs import run_folder
+
+
+PACKAGE = Path(e3_trl.__file__).parent
 
 
 def test_version_is_the_tested_one():
     """Of every package, however it was installed: `make compat` is on the ends of what setup.cfg allows."""
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    setup.read(PACKAGE.parent / "setup.cfg")
     for line in setup["options"]["install_requires"].split("\n")[1:]:
         requirement = Requirement(line)
         installed = version(requirement.name)
@@ -36,86 +42,33 @@ def test_version_is_the_tested_one():
     "name", ["PREFIX_CHECKPOINT_DIR", "SAFE_WEIGHTS_INDEX_NAME", "SAFE_WEIGHTS_NAME", "TRAINER_STATE_NAME"]
 )
 def test_a_checkpoints_files_have_the_names_that_are_read(name):
-    assert getattr(checkpoint, name) == getattr(transformers_trainer, name)
+    assert getattr(run_folder, name) == getattr(transformers_trainer, name)
+
+
+def named(path: str):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize(
-    ("function", "parameters"),
+    ("path", "parameters"),
     [
-        (GRPOTrainer._get_train_sampler, ["self", "dataset"]),
-        (
-            GRPOTrainer._calculate_rewards,
-            ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        ),
-        (GRPOTrainer._generate, ["self", "prompts"]),
-        (GRPOTrainer._generate_and_score_completions, ["self", "inputs"]),
-        (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
-        (GRPOTrainer._prepare_inputs, ["self", "generation_batch"]),
-        (GRPOTrainer._save_checkpoint, ["self", "model", "trial"]),
-        (GRPOTrainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
-        (GRPOTrainer._set_signature_columns_if_needed, ["self"]),
-        (GRPOTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
-        (Trainer.save_model, ["self", "output_dir", "_internal_call"]),
-        (Trainer._get_output_dir, ["self", "trial"]),
-        (
-            Trainer._get_dataloader,
-            ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
-        ),
-        (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
-        (
-            utils.RepeatSampler.__init__,
-            ["self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
-        ),
-        (utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
-        (utils.nanstd, ["tensor", "dim", "keepdim"]),
-        (utils.get_callable_name, None),
-        (GRPOTrainer._tokenize_prompts, ["self", "prompts"]),
-        (
-            GRPOTrainer._generate_single_turn,
-            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-        ),
-        (
-            GRPOTrainer._get_per_token_logps_and_entropies,
-            [
-                "self",
-                "model",
-                "input_ids",
-                "attention_mask",
-                "logits_to_keep",
-                "batch_size",
-                "compute_entropy",
-                "compute_aux_loss",
-                "pixel_values",
-                "image_grid_thw",
-                "num_images",
-                "pixel_attention_mask",
-                "spatial_shapes",
-                "num_tiles",
-                "image_sizes",
-                "token_type_ids",
-                "mm_token_type_ids",
-                "image_position_ids",
-            ],
-        ),
-        (
-            GRPOTrainer.evaluation_loop,
-            ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
-        ),
-        (GRPOTrainer.train, ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
-        (VLLMGeneration.generate, ["self", "prompts", "images", "num_generations", "profiler"]),
-        (VLLMGeneration.sync_weights, ["self"]),
-        (VLLMGeneration._iter_named_params, ["self"]),
-    ],
-    ids=lambda value: getattr(value, "__qualname__", ""),
+        (f"{owner}.{name}", ("self", *parameters))
+        for owner, methods in trl_names.METHODS.items()
+        for name, parameters in methods.items()
+    ]
+    + list(trl_names.FUNCTIONS.items()),
 )
-def test_signature(function, parameters):
-    if parameters is not None:
-        assert list(inspect.signature(function).parameters) == parameters
+def test_signature(path, parameters):
+    owner, _, name = path.rpartition(".")
+    function = getattr(named(owner), name) if owner in trl_names.METHODS else named(path)
+    assert tuple(inspect.signature(function).parameters) == parameters
 
 
-def test_the_first_arguments_keep_their_places():
+@pytest.mark.parametrize("trainer_class", [FastGRPOTrainer, E3GRPOTrainer])
+def test_the_first_arguments_keep_their_places(trainer_class):
     """They may be passed by position."""
-    mine = list(inspect.signature(E3GRPOTrainer.__init__).parameters)[:-1]
+    mine = list(inspect.signature(trainer_class.__init__).parameters)[:-1]
     assert list(inspect.signature(GRPOTrainer.__init__).parameters)[: len(mine)] == mine
 
 
@@ -128,39 +81,70 @@ def test_the_fused_head_reads_the_temperature_from_its_closure():
     assert "temperature" in code.co_freevars
 
 
-def test_every_override_calls_super():
-    for name, member in vars(E3GRPOTrainer).items():
-        if inspect.isfunction(member) and hasattr(GRPOTrainer, name):
+def overrides(trainer_class) -> dict:
+    """Methods of TRL's, and its attributes that are properties here."""
+    names = {**dict.fromkeys(dir(GRPOTrainer)), **trl_names.ATTRIBUTES, "temperature": None}
+    kinds = (inspect.isfunction, inspect.isdatadescriptor)
+    members = vars(trainer_class).items()
+    return {n: member for n, member in members if n in names and any(is_kind(member) for is_kind in kinds)}
+
+
+@pytest.mark.parametrize("trainer_class", [FastGRPOTrainer, E3GRPOTrainer])
+def test_every_override_calls_super_and_stands_in_the_docstring_and_among_the_names(trainer_class):
+    assert len(overrides(trainer_class)) >= 6
+    for name, member in overrides(trainer_class).items():
+        if name.startswith("__") and name != "__init__":
+            continue
+        assert f"`{name}`" in trainer_class.__doc__, name
+        if inspect.isfunction(member):
             assert f"super().{name}(" in inspect.getsource(member), name
+            assert name == "__init__" or name in trl_names.METHODS["trl.GRPOTrainer"], name
+    assert set(overrides(E3GRPOTrainer)) <= {
+        "__init__", "_get_train_sampler", "_get_dataloader", "_generate_and_score_completions", "_generate",
+        "_calculate_rewards",
+    }, "E3 hooks no more than its pipeline needs"  # fmt: skip
 
 
-def test_the_signature_of_every_override_is_pinned():
-    pinned = {function.__name__ for (function, _) in test_signature.pytestmark[0].args[1]}
-    for name, member in vars(E3GRPOTrainer).items():
-        if inspect.isfunction(member) and hasattr(GRPOTrainer, name) and name != "__init__":
-            assert name in pinned
+def test_every_private_name_that_is_used_is_the_packages_own_or_among_the_names():
+    known = {*trl_names.ATTRIBUTES, *trl_names.MODEL_ATTRIBUTES, "_exit"}
+    known |= {name for methods in trl_names.METHODS.values() for name in methods}
+    used, own = {}, set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Attribute(attr=name, ctx=context) if name.startswith("_") and not name.startswith("__"):
+                    used.setdefault(name, path.name)
+                    if isinstance(context, ast.Store) and name not in known:
+                        own.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    own.add(name)
+    assert len(used) > 50
+    assert {name: place for name, place in used.items() if name not in own | known} == {}
 
 
-def test_class_docstring_lists_every_override():
-    for name, member in vars(E3GRPOTrainer).items():
-        if inspect.isfunction(member) and hasattr(GRPOTrainer, name):
-            assert f"`{name}`" in E3GRPOTrainer.__doc__, name
-
-
-HOOKED_ATTRIBUTES = {
-    "_buffered_inputs", "_entropy_bonus_enabled", "_is_vlm", "_logs", "_metrics", "_pending_extra_logs",
-    "_signature_columns", "_step", "_tokenizer", "aux_loss_enabled", "beta", "callback_handler", "data_collator",
-    "environment_factories", "gather_function", "generation_config", "generation_kwargs",
-    "importance_sampling_level", "is_deepspeed_enabled", "is_fsdp_enabled", "is_in_train", "loss_type",
-    "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations", "pad_to_multiple_of",
-    "ref_model", "reward_func_names", "reward_weights", "rollout_func", "scale_rewards", "state", "tools",
-    "top_entropy_quantile", "use_vllm", "vllm_importance_sampling_correction",
-}  # fmt: skip
+def test_grpo_knows_nothing_of_e3_and_no_arrow_runs_back_up():
+    """What each folder may import, from the bottom to the top."""
+    below = {
+        "method": {"method", "dotted_path"},
+        "runs": {"runs", "method", "scrub", "grpo.config"},
+        "grpo": {"grpo", "runs", "evaluation.metrics", "scrub"},
+        "batch": {"batch", "grpo", "method"},
+    }
+    for folder, allowed in below.items():
+        for path in (PACKAGE / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    base = [folder] if node.level == 1 else []
+                    modules = [".".join([*base, *(node.module or "").split(".")])] if node.module else []
+                    modules = modules or [".".join([*base, name.name]) for name in node.names]
+                    for module in modules:
+                        parts = module.strip(".").split(".")
+                        assert {parts[0], ".".join(parts[:2])} & allowed, f"{folder}/{path.name} imports {module}"
 
 
 def test_attributes(make_trainer):
-    trainer = make_trainer(max_steps=1)
-    for name in HOOKED_ATTRIBUTES:
+    trainer = make_trainer(FastGRPOTrainer, max_steps=1)
+    for name in trl_names.ATTRIBUTES:
         assert hasattr(trainer, name), name
     trainer.train()
     assert trainer._step == 1
@@ -197,3 +181,47 @@ def test_metrics_of_the_batch_are_the_last_entries(make_trainer):
     trainer._compute_loss = spy
     trainer.train()
     assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_trl_buffers_a_generation_batch_once_and_trains_on_what_it_reads_back(make_trainer):
+    """Its rows are planned when they are buffered, and no other place of TRL's keeps them."""
+    buffered, trained = [], []
+
+    class Spied(FastGRPOTrainer):
+        @property
+        def _buffered_inputs(self):
+            return FastGRPOTrainer._buffered_inputs.fget(self)
+
+        @_buffered_inputs.setter
+        def _buffered_inputs(self, batches):
+            FastGRPOTrainer._buffered_inputs.fset(self, batches)
+            buffered.append(self._buffered_inputs)
+
+        def _compute_loss(self, model, inputs):
+            trained.append(inputs)
+            return super()._compute_loss(model, inputs)
+
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    make_trainer(Spied, max_steps=2, **settings).train()
+    batches = [batches for batches in buffered if batches is not None]
+    assert len(batches) == 2
+    assert [id(batch) for batch in trained] == [id(batch) for window in batches for batch in window]
+
+
+def test_the_loss_asks_for_log_probs_once_and_takes_what_it_gets(make_trainer):
+    """So the forward pass can be made before it. With others' log-probs the loss is another one."""
+    asked = []
+
+    class Spied(FastGRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            if self.logps_answer is None:
+                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            asked.append((args, kwargs))
+            logps, *rest = self.logps_answer(*args, **kwargs)
+            return logps * 0, *rest
+
+    trainer = make_trainer(Spied, max_steps=1, micro_batching="none", beta=0.1)
+    trainer.train()
+    assert len(asked) == 1
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+    assert torch.is_tensor(asked[0][0][1])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
-from e3_trl.rollouts import vllm as e3_vllm
+from e3_trl.grpo import vllm as e3_vllm
 
 
 SamplingParams = pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it").SamplingParams

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl.generation.vllm_client import VLLMClient
 
 from e3_trl import read_rollouts
-from e3_trl.rollouts.vllm import VLLMServerError
+from e3_trl.grpo.vllm import VLLMServerError
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")

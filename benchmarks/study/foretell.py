@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from benchmarks.study.run import STUDY, read_study
 from e3_trl import RolloutBudgetSchedule
 from e3_trl.replay import budgets_by_rule, measured, read_batches, replay
-from e3_trl.runs.describe import write_json
+from e3_trl.runs.report import write_json
 
 
 # A method of the study for each rule. Only the first has the temperature of GRPO's run.

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from benchmarks.study.run import MANY_SAMPLES, NUM_SAMPLES, STUDY, read_study
 from e3_trl import dotted_path
 from e3_trl.evaluation.metrics import bootstrap_means, pass_at_k
-from e3_trl.runs.describe import write_json
+from e3_trl.runs.report import write_json
 
 
 KS = (1, 2, 4, 8, 16, 32, NUM_SAMPLES)

@@ -108,7 +108,7 @@ def run_job(job: Job) -> Job:
     from accelerate.utils import set_seed
 
     from e3_trl import dotted_path
-    from e3_trl.runs.describe import write_json
+    from e3_trl.runs.report import write_json
     from recipes.quickstart.prepare import make_base
 
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from ..evaluation.completions import CompletionSampler, SamplingConfig, score_co
 from ..evaluation.metrics import evaluation_report
 from ..evaluation.problems import load_problems
 from ..rewards import load_reward_func
-from ..runs.describe import write_json
+from ..runs.report import write_json
 from . import mistakes_named
 
 

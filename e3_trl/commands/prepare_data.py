@@ -35,7 +35,7 @@ from trl import TrlParser
 from ..evaluation.completions import CompletionSampler, SamplingConfig, score_completions, tokenize_prompts
 from ..evaluation.problems import load_problems, normalize_problem, problem_text
 from ..rewards import load_reward_func
-from ..runs.describe import write_json
+from ..runs.report import write_json
 from . import mistakes_named
 
 

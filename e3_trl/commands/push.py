@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..runs.describe import REPORT_FILE, read_report, read_settings, write_json
 from ..runs.publishing import HubError, publish
+from ..runs.report import read_report, read_settings, write_json
+from ..runs.run_folder import REPORT_FILE
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -1,12 +1,12 @@
 """
-Train a model with E3, or with one of its baselines: the recipe decides.
+Train a model with E3, with one of its baselines, or with GRPO alone (`trainer: fast_grpo`): the recipe decides.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py --config recipes/<recipe>.yaml
     e3-trl train --config my_recipe.yaml [--accelerate_config zero3_4gpu]
 
 The second trains in this process, or in those of an accelerate configuration: a file, or one that comes with e3_trl,
-by its name. Every field of `E3ScriptArguments`, `E3GRPOConfig` and TRL's `ModelConfig` may stand in the recipe, and on
-the command line, which wins.
+by its name. Every field of `E3ScriptArguments`, of the trainer's config (`E3GRPOConfig` or `FastGRPOConfig`) and of
+TRL's `ModelConfig` may stand in the recipe, and on the command line, which wins.
 """
 
 import argparse
@@ -18,15 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import E3GRPOConfig
+from .. import E3GRPOConfig, FastGRPOConfig
 from ..rewards import REWARD_FUNCS, load_reward_func
-from ..runs.publishing import FIGURES, check_hub_access, publish
+from ..runs.publishing import check_hub_access, publish
+from ..runs.run_folder import FIGURES
 from . import mistakes_named
+
+
+CONFIGS = {"e3": E3GRPOConfig, "fast_grpo": FastGRPOConfig}
+# Settings of earlier versions, and what became of them.
+GONE = {
+    "rerank_every": "New ranks inside a pass made no difference in the study: leave it out",
+    "vllm_request_seeds": "A seed per completion cost up to half of vLLM's speed, and calls are seeded: leave it out",
+}
 
 
 @dataclass
@@ -35,6 +45,8 @@ class E3ScriptArguments(ScriptArguments):
     Arguments of this script.
 
     Args:
+        trainer (`str`, *optional*, defaults to `"e3"`):
+            `"e3"` = [`E3GRPOTrainer`], `"fast_grpo"` = [`FastGRPOTrainer`], whose recipes have no settings of E3.
         reward_funcs (`list[str]`, *optional*, defaults to `["math_accuracy_reward"]`):
             Reward functions: `math_accuracy_reward` (the last `\\boxed{}` counts, wherever it stands),
             `math_reasoning_accuracy_reward` (only what follows `</think>`), one of TRL's (`accuracy_reward`,
@@ -43,6 +55,13 @@ class E3ScriptArguments(ScriptArguments):
             unless `difficulty_reward_func` names another.
     """
 
+    trainer: str = field(
+        default="e3",
+        metadata={
+            "help": "'e3' = E3GRPOTrainer, 'fast_grpo' = FastGRPOTrainer, without E3.",
+            "choices": list(CONFIGS),
+        },
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_accuracy_reward"],
         metadata={"help": f"Reward functions: any of {sorted(REWARD_FUNCS)}, or a dotted path."},
@@ -70,8 +89,8 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
     return load_dataset(kind, data_files=str(path), streaming=script_args.dataset_streaming)
 
 
-def make_trainer(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig):
-    """The [`E3GRPOTrainer`] that a recipe describes; `ValueError` if something in it is wrong."""
+def make_trainer(script_args: E3ScriptArguments, training_args: FastGRPOConfig, model_args: ModelConfig):
+    """The trainer that a recipe describes; `ValueError` if something in it is wrong."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
     if training_args.hub_token is not None:
@@ -86,7 +105,11 @@ def make_trainer(script_args: E3ScriptArguments, training_args: E3GRPOConfig, mo
     for name, split in splits.items():
         if split not in dataset:
             raise ValueError(f"{name} is {split!r}, but the dataset has only {list(dataset)}. Set it to one of them.")
-    from ..trainer import E3GRPOTrainer  # which takes many seconds where vLLM is installed
+    # Which take many seconds where vLLM is installed.
+    if script_args.trainer == "e3":
+        from ..trainer import E3GRPOTrainer as trainer_class
+    else:
+        from ..grpo.trainer import FastGRPOTrainer as trainer_class
 
     model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -94,7 +117,7 @@ def make_trainer(script_args: E3ScriptArguments, training_args: E3GRPOConfig, mo
         "dtype": model_args.dtype,
     }
     training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
-    return E3GRPOTrainer(
+    return trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=[load_reward_func(name) for name in script_args.reward_funcs],
         args=training_args,
@@ -105,7 +128,7 @@ def make_trainer(script_args: E3ScriptArguments, training_args: E3GRPOConfig, mo
     )
 
 
-def repo_name(training_args: E3GRPOConfig) -> str:
+def repo_name(training_args: FastGRPOConfig) -> str:
     """Of the model repository that the run is for."""
     return training_args.hub_model_id or Path(training_args.output_dir).resolve().name
 
@@ -115,7 +138,7 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
     Train, save, draw the figures, write the card, and push what is to be pushed. After SIGTERM the process ends with
     the status 143 that schedulers expect, once a checkpoint is written.
     """
-    from ..callbacks import TerminationCallback
+    from ..runs.termination import TerminationCallback
 
     training_args, repo_id = trainer.args, repo_name(trainer.args)
     termination = TerminationCallback()
@@ -151,9 +174,10 @@ def end(trainer) -> None:
     trainer.accelerator.end_training()
 
 
-def make_parser() -> TrlParser:
+def make_parser(trainer: str = "e3") -> TrlParser:
+    """The parser of recipes for a trainer, by its name there."""
     return TrlParser(
-        (E3ScriptArguments, E3GRPOConfig, ModelConfig),
+        (E3ScriptArguments, CONFIGS[trainer], ModelConfig),
         usage="%(prog)s --config RECIPE [--accelerate_config FILE_OR_NAME] [--FIELD VALUE ...]",
         description=f"Train as the YAML file RECIPE says; fields given here win. With an accelerate configuration, a "
         f"file or one of {', '.join(accelerate_configs())}, in the processes that it describes.",
@@ -187,7 +211,30 @@ def launch(config: str, arguments: list[str]) -> None:
         sys.exit(error.returncode)
 
 
-def main(script_args: E3ScriptArguments, training_args: E3GRPOConfig, model_args: ModelConfig) -> None:
+def choose_trainer(arguments: list[str] | None) -> str:
+    """
+    Name of the trainer that a recipe, or the command line, asks for.
+
+    Raises:
+        `ValueError`: if there is none of that name, or the recipe has a setting that is gone.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "trainer", *GONE):
+        parser.add_argument(f"--{name}")
+    settings = {
+        name: value for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value is not None
+    }
+    if "config" in settings:
+        settings = (yaml.safe_load(Path(settings["config"]).read_text()) or {}) | settings
+    for name in GONE.keys() & settings:
+        raise ValueError(f"{name} is {settings[name]}, a setting that is gone. {GONE[name]}.")
+    trainer = settings.get("trainer", "e3")
+    if trainer not in CONFIGS:
+        raise ValueError(f"trainer is {trainer!r}. Set it to one of {list(CONFIGS)}.")
+    return trainer
+
+
+def main(script_args: E3ScriptArguments, training_args: FastGRPOConfig, model_args: ModelConfig) -> None:
     train(make_trainer(script_args, training_args, model_args), script_args)
 
 
@@ -200,7 +247,7 @@ def run(arguments: list[str] | None = None) -> None:
             launch(own.accelerate_config, rest)
         return
     with mistakes_named():
-        script_args, *others = make_parser().parse_args_and_config(rest)
+        script_args, *others = make_parser(choose_trainer(rest)).parse_args_and_config(rest)
         trainer = make_trainer(script_args, *others)
     train(trainer, script_args)
 

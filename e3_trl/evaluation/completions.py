@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..rewards.accuracy import load_reward_func
-from ..runs.describe import write_json
+from ..runs.report import write_json
 
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,26 @@
 """Other ways than Algorithm 1 to split a batch's rollouts: by each prompt's success rate, or by a pilot."""
 
+import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import dotted_path
 from .budget import allocate_rollouts, check_bounds
+from .difficulty import PromptStats
 
 
-Rule = Callable[[np.ndarray, int, int, int], np.ndarray]
+class Bounds(NamedTuple):
+    r"""Rollouts of a prompt: \\( G \\) in the mean, which the total of a batch holds, and the fewest and the most."""
+
+    num_generations: int
+    num_generations_min: int
+    num_generations_max: int
+
+
+# What a batch's prompts get, of what is known of them: shape `(B,)`, integers within the bounds.
+Rule = Callable[[PromptStats, Bounds], np.ndarray]
 
 
 def minimum_variance_rollouts(
@@ -163,43 +175,58 @@ def _most_valuable(
     return least_P + np.bincount(chosen, minlength=len(rate_P))
 
 
-SUCCESS_RULES: dict[str, Rule] = {"variance": minimum_variance_rollouts, "knapsack": knapsack_rollouts}
-# Those that split a batch before it is sampled; "pilot" does not know yet.
-RULES = ["uniform", "rank", *SUCCESS_RULES]
+def equal_rollouts(stats: PromptStats, bounds: Bounds) -> np.ndarray:
+    """As in GRPO: the same for all. A pilot decides later."""
+    return np.full(len(stats.difficulty), bounds.num_generations)
+
+
+# By the name of the setting `rollout_allocation`: budgets that are given before a batch is sampled.
+RULES: dict[str, Rule] = {
+    "uniform": equal_rollouts,
+    "rank": lambda stats, bounds: allocate_rollouts(stats.difficulty, *bounds),
+    "variance": lambda stats, bounds: minimum_variance_rollouts(stats.success_rate, *bounds),
+    "knapsack": lambda stats, bounds: knapsack_rollouts(stats.success_rate, *bounds),
+}
+# Those that go on from the first rewards of the batch.
+ROUND_RULES: dict[str, Rule] = {"pilot": equal_rollouts}
 
 
 def load_rule(name: str) -> Rule:
     """
-    The rule of that name: `"rank"`, `"variance"`, `"knapsack"`, or a user's own by its dotted path, which is checked
-    whenever it is called.
+    The rule of that name, or a user's own by its dotted path, which is checked whenever it is called.
 
     Args:
         name (`str`): as in `rollout_allocation`.
 
     Returns:
-        `Callable`: of difficulty (`"rank"`) or success rate (all others), \\( G \\), \\( G_{min} \\) and
-        \\( G_{max} \\).
+        `Callable`: of [`PromptStats`] and [`Bounds`].
 
     Raises:
-        `ValueError`: if there is no such rule.
+        `ValueError`: if there is no such rule, or it takes something else.
     """
-    if name == "rank":
-        return allocate_rollouts
-    if name in SUCCESS_RULES:
-        return SUCCESS_RULES[name]
+    if rule := {**RULES, **ROUND_RULES}.get(name):
+        return rule
     try:
         rule = dotted_path.load(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"rollout_allocation is {name!r}, and there is no such rule ({error}). Set it to one of "
-            f"{[*RULES, 'pilot']}, or to the dotted path of a function, such as 'my_package.rules.my_rule'."
+            f"{[*RULES, *ROUND_RULES]}, or to the dotted path of a function, such as 'my_package.rules.my_rule'."
+        ) from error
+    try:
+        inspect.signature(rule).bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"rollout_allocation is {name!r}, which takes other arguments ({error}). A rule takes two: what is known "
+            "of the prompts (`stats.success_rate`, `stats.difficulty`, ...), and the bounds (mean, fewest, most)."
         ) from error
 
-    def checked(success_rate: np.ndarray, num_generations: int, low: int, high: int) -> np.ndarray:
-        budgets = np.asarray(rule(success_rate, num_generations, low, high))
-        total = len(success_rate) * num_generations
-        if budgets.shape != success_rate.shape or not np.issubdtype(budgets.dtype, np.integer):
-            problem = f"an array of shape {budgets.shape} and dtype {budgets.dtype}, not {success_rate.shape} integers"
+    def checked(stats: PromptStats, bounds: Bounds) -> np.ndarray:
+        budgets = np.asarray(rule(stats, bounds))
+        shape, (mean, low, high) = stats.difficulty.shape, bounds
+        total = shape[0] * mean
+        if budgets.shape != shape or not np.issubdtype(budgets.dtype, np.integer):
+            problem = f"an array of shape {budgets.shape} and dtype {budgets.dtype}, not {shape} integers"
         elif budgets.sum() != total:
             problem = f"{budgets.sum()} rollouts in all, not {total}"
         elif budgets.min() < low or budgets.max() > high:
@@ -207,8 +234,8 @@ def load_rule(name: str) -> Rule:
         else:
             return budgets
         raise ValueError(
-            f"rollout_allocation is {name!r}, which returned {problem}, for {len(success_rate)} prompts x "
-            f"num_generations ({num_generations}). Mend the rule."
+            f"rollout_allocation is {name!r}, which returned {problem}, for {shape[0]} prompts x num_generations "
+            f"({mean}). Mend the rule."
         )
 
     return checked

@@ -1,7 +1,27 @@
 """Difficulty of a prompt from its cumulative mean reward: Section 4.1 of E3."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
+
+
+@dataclass(frozen=True)
+class PromptStats:
+    """
+    What is known of a batch's prompts when their budgets are given: the statistics in force since the last pass ended.
+
+    Args:
+        difficulty (`np.ndarray` of shape `(B,)`): rank in (0, 1], 1 = hardest, NaN = not known.
+        success_rate (`np.ndarray` of shape `(B,)`): share of right rollouts in [0, 1], NaN = not known.
+        num_rollouts (`np.ndarray` of shape `(B,)`): scored rollouts so far.
+        mean_success_rate (`float`): of all prompts of the dataset that have been sampled, NaN = none was.
+    """
+
+    difficulty: np.ndarray
+    success_rate: np.ndarray
+    num_rollouts: np.ndarray
+    mean_success_rate: float = np.nan
 
 
 class DifficultyTracker:
@@ -97,6 +117,7 @@ class DifficultyTracker:
         self.num_rollouts *= self.decay
         self.reward_sum *= self.decay
         self.success_rate = np.clip(mean_reward, 0, 1)
+        self._note_mean()
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`
         size = np.bincount(value_P[value_P >= 0], minlength=len(means))
@@ -104,6 +125,11 @@ class DifficultyTracker:
         rank = np.full(len(means) + 1, np.nan)
         rank[easiest_first] = np.cumsum(size[easiest_first]) - (size[easiest_first] - 1) / 2
         self.difficulty = rank[value_P] / len(mean_reward)
+
+    def stats(self, prompt_ids: np.ndarray) -> PromptStats:
+        """What a budget rule gets of these prompts, of shape `(B,)`."""
+        columns = (values[prompt_ids] for values in (self.difficulty, self.success_rate, self.num_rollouts))
+        return PromptStats(*columns, mean_success_rate=self._mean_success_rate)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays of shape `(num_prompts,)` from which [`DifficultyTracker.load_state_dict`] goes on exactly."""
@@ -116,11 +142,19 @@ class DifficultyTracker:
 
     def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:
         """Restore what [`DifficultyTracker.state_dict`] returned; `ValueError` if it is of another dataset size."""
-        if "success_rate" not in state_dict:  # of a checkpoint that is older than it
-            means = np.where(state_dict["num_rollouts"] > 0, state_dict["reward_sum"], np.nan)
-            success_rate = np.clip(means / np.maximum(state_dict["num_rollouts"], 1), 0, 1)
-            state_dict = {**state_dict, "success_rate": success_rate}
         for name, current in self.state_dict().items():
             if np.shape(state_dict[name]) != current.shape:
                 raise ValueError(f"{name} has shape {np.shape(state_dict[name])}, expected {current.shape}.")
             setattr(self, name, np.array(state_dict[name], dtype=current.dtype))
+        self._note_mean()
+
+    def _note_mean(self) -> None:
+        known = ~np.isnan(self.success_rate)
+        self._mean_success_rate = float(self.success_rate[known].mean()) if known.any() else np.nan
+
+    state_to_save = state_dict
+
+    def restore(self, state: dict | None) -> None:
+        """Go on from a checkpoint's state; `None` = it has none, and nothing is known of the prompts."""
+        if state is not None:
+            self.load_state_dict(state)

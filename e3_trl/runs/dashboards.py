@@ -11,7 +11,7 @@ from accelerate.utils import is_matplotlib_available
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from .publishing import FIGURES
+from .run_folder import FIGURES
 
 
 logger = get_logger(__name__)

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..method.temperature import EXACT_TEMPERATURES, TemperatureSchedule, exact_temperature, mean_entropy
-from ..rollouts.telemetry import FILE_NAME, read_rollout_columns
-from .describe import read_benchmarks, read_log, read_report, read_settings
+from .report import read_benchmarks, read_log, read_report, read_settings
+from .rollout_log import read_rollout_columns
+from .run_folder import ROLLOUTS_FILE
 
 
 # What may differ between two runs of one method.
@@ -271,7 +272,7 @@ def _draw_pass_at_k(methods: dict[str, list[Run]]) -> Figure | None:
 
 def _draw_budgets(run: Run) -> Figure | None:
     """Rollouts by difficulty, a panel per pass: of up to 8 passes, and of 2,000 prompts of each."""
-    if not (run.path / FILE_NAME).is_file() or run.steps_per_pass is None:
+    if not (run.path / ROLLOUTS_FILE).is_file() or run.steps_per_pass is None:
         return None
     rows = read_rollout_columns(run.path)
     passes = (rows["step"] - 1) // run.steps_per_pass

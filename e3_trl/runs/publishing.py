@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -11,14 +10,13 @@ from huggingface_hub import ModelCard, auth_check, constants, create_repo, uploa
 # Its HTTPError is the one that its client raises: httpx's in huggingface_hub 1, httpx2's in 2.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..scrub import without_secrets
-from .describe import ARGS_FILE, REPORT_FILE, read_benchmarks, read_report, write_json
+from .report import read_benchmarks, read_report, write_json
+from .run_folder import ARGS_FILE, FIGURES, PREFIX_CHECKPOINT_DIR, REPORT_FILE, write_whole
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"
-FIGURES = "figures"
 _NOT_PUSHED = ("_*", "earlier/*", "*.old", "*.tmp")  # `earlier` holds runs that were moved aside
 
 
@@ -44,9 +42,7 @@ def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
     section = f"{BEGIN}\n{_section(Path(folder))}\n{END}\n\n"
     heading = "### Framework versions"
     card.text = text.replace(heading, section + heading, 1) if heading in text else f"{text}\n\n{section}"
-    temporary = path.with_name("README.md.tmp")
-    temporary.write_text(without_secrets(str(card)), encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    write_whole(path, without_secrets(str(card)).encode())
 
 
 def _section(folder: Path) -> str:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from e3_trl.evaluation.metrics import pass_at_k_table
-from e3_trl.runs.describe import REPORT_FILE, read_report, read_settings, write_json
 from e3_trl.runs.figures import draw_runs
-from e3_trl.runs.publishing import FIGURES
+from e3_trl.runs.report import read_report, read_settings, write_json
+from e3_trl.runs.run_folder import FIGURES, REPORT_FILE
 from recipes.quickstart.task import RuleTask
 
 

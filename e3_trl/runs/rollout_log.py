@@ -6,17 +6,13 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-
-if TYPE_CHECKING:
-    from .batch import GenerationBatch
+from .run_folder import ROLLOUTS_FILE
 
 
 logger = logging.getLogger(__name__)
-FILE_NAME = "rollouts.jsonl"
 COLUMNS = {
     "step": np.int64,
     "prompt_id": np.int64,
@@ -42,32 +38,19 @@ class RolloutLog:
     """
 
     def __init__(self, folder: str | Path):
-        self.path = Path(folder) / FILE_NAME
+        self.path = Path(folder) / ROLLOUTS_FILE
         self.by_difficulty = np.zeros((2, 10))
         self._pending: list[str] = []
 
-    def resume(self, step: int) -> None:
-        """Go on from the checkpoint of `step`: drop half a row, and the rows of later steps, which come again."""
+    def state_to_save(self) -> dict:
+        """The rows are in a file of their own, which holds all of them by then."""
+        self.flush()
+        return {}
+
+    def restore(self, state: dict | None) -> None:
+        """Begin anew with what is in the file."""
         self.by_difficulty = np.zeros_like(self.by_difficulty)
         self._pending = []
-        if self.path.exists():
-            os.truncate(self.path, self._end_of(step))
-
-    def _end_of(self, step: int) -> int:
-        """Where the last whole row of `step`, or of one before it, ends, in bytes. Rows lie in the order of steps."""
-        kept, dropped = 0, self.path.stat().st_size  # what lies before, and behind
-        with open(self.path, "rb") as file:
-            while kept < dropped:
-                middle = (kept + dropped) // 2
-                file.seek(max(middle - 1, 0))
-                if middle > 0:
-                    file.readline()  # to where the next row begins, which may be in the middle
-                start, row = file.tell(), file.readline()
-                if start < dropped and row.endswith(b"\n") and json.loads(row)["step"] <= step:
-                    kept = file.tell()
-                else:
-                    dropped = middle
-        return kept
 
     def append(
         self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: np.ndarray
@@ -77,7 +60,7 @@ class RolloutLog:
 
         Args:
             step (`int`): the optimizer step that first trains on the batch.
-            counts (`dict`): its [`rollout_counts`].
+            counts (`dict`): its [`~e3_trl.method.counts.rollout_counts`].
             difficulty (`np.ndarray` of shape `(P,)`): the ranks that its budgets came from.
             temperature (`np.ndarray` of shape `(P,)`): the temperatures that it was sampled at.
         """
@@ -124,7 +107,7 @@ def read_rollouts(path: str | Path) -> list[dict]:
         `difficulty` (in (0, 1], 1 = hardest, `None` = not ranked yet) and `temperature` (of sampling).
     """
     path = Path(path)
-    with open(path / FILE_NAME if path.is_dir() else path) as file:
+    with open(path / ROLLOUTS_FILE if path.is_dir() else path) as file:
         # Only a line that ends was written whole.
         return [json.loads(line) for line in file if line.endswith("\n")]
 
@@ -144,7 +127,7 @@ def read_rollout_columns(path: str | Path) -> dict[str, np.ndarray]:
     from pyarrow import json as reader
 
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / ROLLOUTS_FILE if path.is_dir() else path
     whole = _end_of_last_row(path)
     if whole == 0:
         return {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
@@ -166,59 +149,3 @@ def _end_of_last_row(path: Path) -> int:
                 return start + newline + 1
             end = start
     return 0
-
-
-def rollout_counts(prompt_ids: np.ndarray, correctness: np.ndarray, num_tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """
-    Count a batch's rollouts per prompt. A rollout is correct if its correctness reward is above 0.5.
-
-    Args:
-        prompt_ids (`np.ndarray` of shape `(N,)`): each rollout's prompt.
-        correctness (`np.ndarray` of shape `(N,)`): its correctness reward, NaN = unscorable.
-        num_tokens (`np.ndarray` of shape `(N,)`): length of its completion.
-
-    Returns:
-        `dict` of arrays of shape `(P,)`, prompts in the order in which they first appear: `prompt_id`, `rollouts`,
-        `scored`, `correct` and `tokens`.
-    """
-    sorted_ids, first, inverse = np.unique(prompt_ids, return_index=True, return_inverse=True)
-    columns = {
-        "prompt_id": sorted_ids,
-        "rollouts": np.bincount(inverse),
-        "scored": np.bincount(inverse, weights=~np.isnan(correctness)).astype(np.int64),
-        "correct": np.bincount(inverse, weights=correctness > 0.5).astype(np.int64),
-        "tokens": np.bincount(inverse, weights=num_tokens).astype(np.int64),
-    }
-    return {name: column[np.argsort(first)] for name, column in columns.items()}
-
-
-def rollout_metrics(counts: dict[str, np.ndarray]) -> dict[str, float]:
-    """
-    Metrics of a batch from its [`rollout_counts`].
-
-    Returns:
-        `dict` with `rollouts/min` and `rollouts/max` (rollouts of a prompt), `rollouts/all_wrong` and
-        `rollouts/all_correct` (fraction of the prompts whose scored rollouts are all wrong or all right, NaN if none
-        could be scored).
-    """
-    scored = counts["scored"] > 0
-    correct, num_scored = counts["correct"][scored], counts["scored"][scored]
-    return {
-        "rollouts/min": float(counts["rollouts"].min()),
-        "rollouts/max": float(counts["rollouts"].max()),
-        "rollouts/all_wrong": float((correct == 0).mean()) if scored.any() else float("nan"),
-        "rollouts/all_correct": float((correct == num_scored).mean()) if scored.any() else float("nan"),
-    }
-
-
-def log_rollouts(trainer, batch: "GenerationBatch") -> None:
-    """Log what was sampled, whether it is trained on or not, and count it towards difficulty."""
-    correctness = batch.rewards[:, trainer.difficulty_reward_index].cpu().numpy()
-    counts = rollout_counts(batch.sampled_ids, correctness, batch.lengths.cpu().numpy())
-    for name, value in rollout_metrics(counts).items():
-        trainer.add_metric(name, value)
-    if trainer.accelerator.is_main_process:
-        of_prompt = [method(batch, counts["prompt_id"]) for method in (trainer.difficulty_of, trainer.temperature_of)]
-        trainer.rollout_log.append(trainer.state.global_step + 1, counts, *of_prompt)
-    if batch.indexed:
-        trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)

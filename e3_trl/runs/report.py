@@ -9,16 +9,13 @@ the model card.
 
 import json
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 
 from ..scrub import without_secrets
-from .checkpoint import TRAINER_STATE_NAME, complete_checkpoints
+from .run_folder import ARGS_FILE, REPORT_FILE, TRAINER_STATE_NAME, complete_checkpoints, to_json, write_whole
 
 
-ARGS_FILE = "training_args.json"
-REPORT_FILE = "report.json"
 # Of TRL's settings those that a reader of results asks for first; `training_args.json` has all.
 SETTINGS = {
     "beta", "entropy_coef", "epsilon", "epsilon_high", "generation_batch_size", "learning_rate", "loss_type",
@@ -33,7 +30,7 @@ def describe_run(trainer) -> None:
     wrong. Secrets are left out, however deep they stand.
 
     Args:
-        trainer ([`E3GRPOTrainer`]): the trainer. Its arguments do not say what model and what data it was given.
+        trainer ([`FastGRPOTrainer`]): the trainer. Its arguments do not say what model and what data it was given.
     """
     from trl import GRPOConfig  # which a reader of runs need not wait for
 
@@ -99,8 +96,5 @@ def read_benchmarks(path: str | Path) -> dict[str, list[dict[int, float]]]:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write a file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=lambda value: without_secrets(str(value))) + "\n")
-    os.replace(temporary, path)
+    """Write a JSON file whole or not at all, without secrets in what has no form of its own in JSON."""
+    write_whole(path, to_json(content, default=lambda value: without_secrets(str(value))))

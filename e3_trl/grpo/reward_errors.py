@@ -8,11 +8,13 @@ import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import is_async_callable
 
+from ..runs.lifecycle import RunCannotGoOn
+
 
 SEARCH_SECONDS = 30  # for the row that a function raised for, while the other processes wait
 
 
-class RewardError(RuntimeError):
+class RewardError(RunCannotGoOn, RuntimeError):
     """A reward function raised; on all processes together, so that none waits for another, and the run can save."""
 
 
@@ -21,7 +23,7 @@ class RewardGuard:
     Keeps the exceptions of reward functions until all processes are at a place where they can be told of them.
 
     Args:
-        trainer ([`E3GRPOTrainer`]): the trainer, whose reward functions it stands before.
+        trainer ([`FastGRPOTrainer`]): the trainer, whose reward functions it stands before.
     """
 
     def __init__(self, trainer):

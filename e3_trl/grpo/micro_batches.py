@@ -1,20 +1,12 @@
-"""The micro-batches that a generation batch is trained on: [`~e3_trl.method.micro_batches`] applied to TRL's rows."""
+"""The micro-batches that a generation batch is trained on: a [plan](plan.py) of TRL's rows, and old log-probs."""
 
 import math
 
 import numpy as np
 import torch
 
-from ..method.micro_batches import plan_micro_batches
-from .scoring import attended_columns, is_planned, loss_mask, needs_old_logps, score_rows
-
-
-OF_PROMPT = ("prompt_ids", "prompt_mask")
-OF_COMPLETION = (
-    "completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps",
-    "sampling_per_token_logps", "importance_sampling_ratio", "advantages",
-)  # fmt: skip
-OF_BOTH = ("token_type_ids", "mm_token_type_ids")
+from .plan import plan_micro_batches
+from .scoring import is_planned, loss_mask, reference_model, score, take, trimmed
 
 
 def planned_steps(trainer) -> int:
@@ -39,14 +31,29 @@ def keeps_order(trainer) -> bool:
     )
 
 
-def plan_generation_batch(trainer) -> None:
+def needs_old_logps(trainer) -> bool:
+    """Whether a generation batch is trained on after the policy has changed, as TRL reckons it."""
+    return trainer.args.gradient_accumulation_steps % trainer.window_steps != 0
+
+
+def plan_generation_batch(trainer, batches: list[dict]) -> list[dict]:
     """
-    Put the rows of the generation batch that TRL has just buffered into the micro-batches of a plan, without the
-    padding that none of their rows needs. The normalisers of the loss stay those of TRL's micro-batches.
+    Put the rows of a new generation batch into the micro-batches of a plan, without the padding that none of their
+    rows needs, and add what the loss compares the policy with. The normalisers of the loss stay those of TRL's
+    micro-batches.
 
     A micro-step may have no rows to train on, and rows that need no forward pass with gradients (`left_out`).
+
+    Args:
+        trainer ([`FastGRPOTrainer`]): the trainer.
+        batches (`list[dict]`): micro-batches as TRL makes them.
+
+    Returns:
+        `list[dict]`: as many.
     """
-    batches, num_steps = trainer._buffered_inputs, planned_steps(trainer)
+    if not is_planned(trainer):
+        return batches
+    num_steps = planned_steps(trainer)
     if not keeps_order(trainer):
         lengths = _lengths(trainer, batches)
         batches = [
@@ -54,14 +61,16 @@ def plan_generation_batch(trainer) -> None:
             for start in range(0, len(batches), num_steps)
             for micro_batch in _plan(trainer, *(part[start : start + num_steps] for part in (batches, lengths)))
         ]
-    trainer._buffered_inputs = [_trimmed(trainer, batch) for batch in batches]
+    batches = [_trimmed(trainer, batch) for batch in batches]
     num_on_policy = _num_on_policy(trainer)
-    for step, micro_batch in enumerate(trainer._buffered_inputs):
-        logps = micro_batch.get("old_per_token_logps")
-        if logps is None and step >= num_on_policy and "completion_ids" in micro_batch:
-            logps, _ = score_rows(trainer, micro_batch)
-        if logps is not None:
-            trainer.loss_window.remember(micro_batch, logps)
+    for step, micro_batch in enumerate(batches):
+        if "completion_ids" in micro_batch:
+            if step >= num_on_policy:  # of the others the loss itself computes them
+                trainer.loss_steps.remember(micro_batch, score(trainer, micro_batch)[0])
+            if trainer.beta != 0:
+                with reference_model(trainer) as model:
+                    micro_batch["ref_per_token_logps"], _ = score(trainer, micro_batch, model)
+    return batches
 
 
 def _num_on_policy(trainer) -> int:
@@ -105,41 +114,18 @@ def _plan(trainer, batches: list[dict], lengths: np.ndarray) -> list[dict]:
     for trained, left_out in zip(plan.trained, plan.left_out, strict=True):
         micro_batch = {}
         if trained.size:
-            micro_batch = _take(window, trained[rank])
+            micro_batch = take(window, torch.as_tensor(trained[rank]))
             # The loss is a mean over the micro-batch's rows, of which TRL's have `num_rows`.
             if trainer.loss_type not in ("cispo", "dapo", "vespo"):
                 micro_batch["loss_scale"] = trained.shape[1] / num_rows
         if left_out.size:
-            micro_batch["left_out"] = _take(window, left_out[rank])
+            micro_batch["left_out"] = take(window, torch.as_tensor(left_out[rank]))
         micro_batches.append(micro_batch)
     return micro_batches
 
 
-def _take(rows: dict, indices: np.ndarray) -> dict:
-    """Some of the rows; what belongs to all of them stays."""
-    return {
-        name: value[torch.as_tensor(indices, device=value.device)] if value.ndim else value
-        for name, value in rows.items()
-    }
-
-
 def _trimmed(trainer, micro_batch: dict) -> dict:
-    """The micro-batch without the columns that are padding in all of its rows."""
     micro_batch = dict(micro_batch)
     if "left_out" in micro_batch:
-        micro_batch["left_out"] = _trimmed(trainer, micro_batch["left_out"])
-    if "completion_ids" not in micro_batch:
-        return micro_batch
-    prompt_width, completion_width = (micro_batch[f"{part}_mask"].size(1) for part in ("prompt", "completion"))
-    attended = torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1)
-    start, end = attended_columns(trainer, attended, completion_width)
-    for names, offset, first, last in (
-        (OF_PROMPT, 0, start, prompt_width),
-        (OF_COMPLETION, prompt_width, prompt_width, end),
-        (OF_BOTH, 0, start, end),
-    ):
-        for name in names:
-            value = micro_batch.get(name)
-            if value is not None and value.ndim == 2 and value.size(1) > 1:
-                micro_batch[name] = value[:, first - offset : last - offset].contiguous()
-    return micro_batch
+        micro_batch["left_out"] = trimmed(trainer, micro_batch["left_out"])
+    return trimmed(trainer, micro_batch) if "completion_ids" in micro_batch else micro_batch

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 import trl
@@ -24,7 +24,7 @@ class LiveTemperature:
     """
 
     def __init__(self, value: float):
-        self.value = value
+        self.value = self.configured = value
         self._receivers: list[Receiver] = []
 
     def send_to(self, receiver: Receiver) -> None:
@@ -47,6 +47,15 @@ class LiveTemperature:
             yield
         finally:
             self.set(before)
+
+    def state_to_save(self) -> dict:
+        """The temperature, which may have been set by hand, and the one it began with."""
+        return {"temperature": self.value, "configured": self.configured}
+
+    def restore(self, state: dict | None) -> None:
+        """Go on at the temperature of a checkpoint, unless the run is configured otherwise by now."""
+        if state is not None and state["configured"] == self.configured:
+            self.set(state["temperature"])
 
 
 class RowTemperatures:
@@ -82,25 +91,22 @@ class RowTemperatures:
         finally:
             self.of_rows, self._next = before
 
-    def of(self, rows: torch.Tensor) -> AbstractContextManager:
-        """Inside, the model computes these of the rows alone."""
-        return self.at(None if self.of_rows is None else self.of_rows[rows])
-
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, *models: torch.nn.Module | None) -> None:
         """
-        Scale what the model's LM head gets.
+        Scale what the models' LM heads get.
 
         Raises:
-            `ValueError`: if its logits are not in proportion to its hidden states.
+            `ValueError`: if the logits of one are not in proportion to its hidden states.
         """
-        model = _transformers_model(model)
-        softcapping = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        if getattr(model.get_output_embeddings(), "bias", None) is not None or softcapping is not None:
-            raise ValueError(
-                f"temperature_spread is above 0, and the LM head of {model.config._name_or_path} has a bias or a "
-                "softcap (final_logit_softcapping). Set temperature_spread to 0."
-            )
-        model.base_model.register_forward_hook(self._scale)
+        for model in filter(None, models):
+            model = _transformers_model(model)
+            softcapping = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+            if getattr(model.get_output_embeddings(), "bias", None) is not None or softcapping is not None:
+                raise ValueError(
+                    f"temperature_spread is above 0, and the LM head of {model.config._name_or_path} has a bias or a "
+                    "softcap (final_logit_softcapping). Set temperature_spread to 0."
+                )
+            model.base_model.register_forward_hook(self._scale)
 
     def _scale(self, module, args, output):
         if self.of_rows is None:
@@ -166,8 +172,6 @@ def connect(temperature: LiveTemperature, trainer) -> None:
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             temperature.send_to(lm_head(model))
-            if trainer.args.temperature_spread > 0:
-                trainer.row_temperatures.attach(model)
     if trainer.use_vllm:
         temperature.send_to(engine(trainer.vllm_generation))
     else:

@@ -4,23 +4,20 @@ from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
-import torch
-from trl.trainer.utils import RepeatSampler
 
-from ..method.budget import RolloutBudgetSchedule, allocate_rollouts
-from ..method.budget_rules import Rule
+from ..grpo.sampler import PassSampler
+from ..method.budget import RolloutBudgetSchedule
+from ..method.budget_rules import RULES, Bounds, Rule
 from ..method.difficulty import DifficultyTracker
 
 
-class RolloutBudgetSampler(RepeatSampler):
+class RolloutBudgetSampler(PassSampler):
     """
     TRL's [`~trl.trainer.utils.RepeatSampler`] with a number of repeats per prompt instead of `mini_repeat_count` for
     all. The total per generation batch stays `batch_size * mini_repeat_count`, so rows per step, rank and micro-batch
     do not change. Without a budget schedule the stream is RepeatSampler's, pass for pass.
 
-    It can be resumed, which RepeatSampler cannot: the order of the prompts follows from the seed and the pass alone,
-    and the budgets from the tracker's ranks, which change only when a new pass begins. It has no `set_epoch`, which
-    transformers and accelerate would call at times of their own.
+    It can be resumed, for the budgets follow from the tracker's ranks, which change only when a new pass begins.
 
     Args:
         difficulty (`DifficultyTracker`, *optional*):
@@ -30,18 +27,14 @@ class RolloutBudgetSampler(RepeatSampler):
             Bounds of the budgets in each pass. If `None`, every prompt is repeated `mini_repeat_count` times.
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per generation batch.
-        rule (`Callable`, *optional*, defaults to [`allocate_rollouts`]):
-            How a batch is split within the bounds: Algorithm 1 by difficulty, or another of
-            [`~e3_trl.method.budget_rules.load_rule`] by success rate.
+        rule (`Callable`, *optional*, defaults to `RULES["rank"]`):
+            How a batch is split within the bounds: Algorithm 1, or another of
+            [`~e3_trl.method.budget_rules.load_rule`].
         num_candidates (`int`, *optional*):
             Prompts that the trainer chooses these from (PREPO). The batch's rows are then spread evenly over the
             candidates, and the trainer asks for the [`rows`] of its choice. At most `batch_size * mini_repeat_count`.
         **kwargs:
             Other arguments of [`~trl.trainer.utils.RepeatSampler`].
-
-    Attributes:
-        epoch (`int`): passes over the dataset before this one.
-        num_batches (`int`): generation batches of a pass.
 
     Example:
 
@@ -69,7 +62,7 @@ class RolloutBudgetSampler(RepeatSampler):
         difficulty: DifficultyTracker | None,
         budget_schedule: RolloutBudgetSchedule | None = None,
         batch_size: int = 1,
-        rule: Rule = allocate_rollouts,
+        rule: Rule = RULES["rank"],
         num_candidates: int | None = None,
         **kwargs,
     ) -> None:
@@ -79,45 +72,22 @@ class RolloutBudgetSampler(RepeatSampler):
         self.difficulty = difficulty
         self.budget_schedule = budget_schedule
         self.rule = rule
-        self.epoch = 0
-
-    @classmethod
-    def like(cls, sampler: RepeatSampler, **kwargs) -> "RolloutBudgetSampler":
-        """This sampler in the place of TRL's; `kwargs` are the arguments that it has not."""
-        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
-        return cls(**{name: getattr(sampler, name) for name in names}, **kwargs)
-
-    @property
-    def num_batches(self) -> int:
-        return self.num_samples // self.batch_size
 
     def begin_pass(self, number: int) -> None:
         """Begin a pass, counted from 0: new ranks and wider bounds come into force if it is a later one."""
         if number > self.epoch and self.difficulty is not None:
             self.difficulty.update()
-        self.epoch = number
+        super().begin_pass(number)
 
-    def state_dict(self, num_batches: int) -> dict[str, int]:
-        """
-        The sampler's place after `num_batches` generation batches of the run: `pass`, `position` (generation batches
-        of this pass) and the bounds in force. All but the pass is for the reader: it follows from the run's step.
-        """
+    def state_to_save(self, num_batches: int) -> dict[str, int]:
+        """And the bounds in force, for the reader: they follow from the pass."""
         bounds = (self.mini_repeat_count,) * 2
         if self.budget_schedule is not None:
             bounds = self.budget_schedule.bounds(self.epoch)
-        return {
-            "pass": self.epoch,
-            "position": num_batches - self.epoch * self.num_batches,
-            "num_generations_min": bounds[0],
-            "num_generations_max": bounds[1],
-        }
+        names = "num_generations_min", "num_generations_max"
+        return super().state_to_save(num_batches) | dict(zip(names, bounds, strict=True))
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            # RepeatSampler draws one permutation per pass from a generator that it never resets.
-            self.generator.manual_seed(self.generator.initial_seed())
-            for _ in range(self.epoch):
-                torch.randperm(self.num_samples, generator=self.generator)
         stream = super().__iter__()
         rows_per_prompt = self.mini_repeat_count * self.repeat_count
         while repeated := list(islice(stream, self.batch_size * rows_per_prompt)):
@@ -135,6 +105,5 @@ class RolloutBudgetSampler(RepeatSampler):
         """Each prompt of one generation batch as often as its budget says, shape `(rows_per_batch,)`."""
         if self.budget_schedule is None:
             return np.repeat(prompts, self.mini_repeat_count)
-        known = self.difficulty.difficulty if self.rule is allocate_rollouts else self.difficulty.success_rate
-        budgets = self.rule(known[prompts], self.mini_repeat_count, *self.budget_schedule.bounds(self.epoch))
-        return np.repeat(prompts, budgets)
+        bounds = Bounds(self.mini_repeat_count, *self.budget_schedule.bounds(self.epoch))
+        return np.repeat(prompts, self.rule(self.difficulty.stats(prompts), bounds))

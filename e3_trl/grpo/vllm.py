@@ -10,16 +10,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..runs.lifecycle import RunCannotGoOn
+from .evaluation import SampledAhead
 
-class VLLMServerError(ConnectionError):
+
+class VLLMServerError(RunCannotGoOn, ConnectionError):
     """The vLLM server of a run in server mode does not answer; raised on all ranks together."""
 
     def __init__(self, url: str, model: str, reason: str):
         super().__init__(
             f"The vLLM server at {url} (vllm_server_base_url, or vllm_server_host and vllm_server_port) failed: "
             f"{reason}. If it is down, start it with `VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode "
-            'processed_logprobs --weight-transfer-config \'{"backend": "nccl"}\'`, then run the same command again, '
-            "with resume_from_checkpoint set to true if it had saved a checkpoint."
+            'processed_logprobs --weight-transfer-config \'{"backend": "nccl"}\'`, then run the same command again.'
         )
 
 
@@ -64,6 +66,7 @@ class RolloutGeneration(VLLMGeneration):
     - Colocated, neighbouring rows with the same prompt become one request that asks for that many completions: one
       engine call per batch, in which each prompt is prefilled once. TRL sends each row as a request.
     - Colocated, tokens are not turned into text where nobody reads it: TRL decodes the completions itself.
+    - An evaluation is one call for all of its prompts, which TRL then gets batch by batch.
     - With a server, each row is a request. TRL takes every `num_generations`-th prompt, which gives the prompts of
       groups of other sizes each other's completions. If the server is gone, all ranks get a [`VLLMServerError`] at
       the same place; TRL's error reaches the main process alone, while the others wait for it.
@@ -73,6 +76,7 @@ class RolloutGeneration(VLLMGeneration):
     _text_is_read: bool = True
     _seeds: Iterator[int] | None = None
     _temperatures: list[float] | None = None
+    _ahead: SampledAhead | None = None
     _server_error: str | None = None
 
     @classmethod
@@ -92,25 +96,46 @@ class RolloutGeneration(VLLMGeneration):
         return generation
 
     @contextmanager
-    def seeded(self, key: list[int], temperatures: np.ndarray | None = None) -> Iterator[None]:
+    def seeded(self, key: list[int]) -> Iterator[None]:
         """
-        Inside, the calls of a colocated engine are seeded, also those that a rollout function or tools make, each by
-        its number. These call the engine themselves, and hand it no seeds, and one temperature.
+        Inside, the calls of a colocated engine are seeded, each by its number, also those that rounds, a rollout
+        function or tools make. Whoever calls the engine hands it no seeds.
 
         Args:
-            key (`list[int]`): of the round, such as the run's seed, the generation batch and the round.
-            temperatures (`np.ndarray` of shape `(N,)`, *optional*): temperature of each row, if they differ.
+            key (`list[int]`): such as the run's seed and the number of the generation batch.
+        """
+        engine = self.accelerator.process_index // self.tensor_parallel_size
+        self._seeds = (_seed([*key, call, engine]) for call in count())
+        try:
+            yield
+        finally:
+            self._seeds = None
+
+    @contextmanager
+    def at_temperatures(self, temperatures: np.ndarray) -> Iterator[None]:
+        """
+        Inside, the rows of a colocated engine have temperatures of their own, and not the one that TRL hands it.
+
+        Args:
+            temperatures (`np.ndarray` of shape `(N,)`): temperature of each row, over all processes.
         """
         # Processes that share an engine share its rows.
         engine = self.accelerator.process_index // self.tensor_parallel_size
         num_engines = self.accelerator.num_processes // self.tensor_parallel_size
-        self._seeds = (_seed([*key, call, engine]) for call in count())
-        if temperatures is not None:
-            self._temperatures = np.split(temperatures, num_engines)[engine].tolist()
+        self._temperatures = np.split(temperatures, num_engines)[engine].tolist()
         try:
             yield
         finally:
-            self._seeds = self._temperatures = None
+            self._temperatures = None
+
+    @contextmanager
+    def sampling_ahead(self, prompts: list[list[int]]) -> Iterator[None]:
+        """Inside, the first call samples for all of these prompts, and further ones get what there is for theirs."""
+        self._ahead = SampledAhead(prompts)
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     def _generate_merged(self, prompts, sampling_params, **kwargs):
         # What a rollout function asks for in another form than TRL's is left as it is.
@@ -174,6 +199,14 @@ class RolloutGeneration(VLLMGeneration):
         raise VLLMServerError(url, self.model.config._name_or_path, self._server_error or "seen on the main process")
 
     def generate(self, prompts, images, num_generations, profiler=None):
+        ahead = self._ahead
+        if ahead is None:
+            return self._generate_rows(prompts, images, num_generations, profiler)
+        if ahead.is_waiting:
+            ahead.add(self._generate_rows(ahead.prompts, None, num_generations, profiler))
+        return ahead.take(prompts) or self._generate_rows(prompts, images, num_generations, profiler)
+
+    def _generate_rows(self, prompts, images, num_generations, profiler):
         if self.mode == "colocate":
             # TRL takes the tokens of this call, unless somebody has put a function of their own before the engine. A
             # rollout function that calls the engine itself may read the text.

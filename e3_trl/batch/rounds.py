@@ -1,0 +1,189 @@
+"""How the completions of a generation batch are sampled: in one call, or in rounds that depend on what came before."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from ..method.budget_rules import Bounds, commit_rollouts, pilot_rollouts
+from ..method.counts import rollout_counts
+from ..method.dynamic_sampling import DynamicSampling
+from .batch import GenerationBatch, Round
+
+
+# Of a round and the prompts of this process's rows: what TRL's `_generate` returns.
+Sample = Callable[[Round, list], tuple]
+# Of a round, prompts, completions and their tokens: rewards of all processes' rows by function, `(R, num_funcs)`.
+Score = Callable[[Round, list, list, list], torch.Tensor]
+
+
+class OneCall:
+    """
+    All rows in one call.
+
+    Args:
+        batch ([`GenerationBatch`]): the batch, with the prompts that it begins with.
+        sample, score (`Callable`): how a round is sampled and scored.
+    """
+
+    def __init__(self, batch: GenerationBatch, sample: Sample, score: Score):
+        self.batch, self.sample, self.score = batch, sample, score
+
+    def generate(self, prompts: list) -> tuple:
+        """
+        Sample the batch.
+
+        Args:
+            prompts (`list`): prompts of this process's rows. They become those of the rows that are trained on.
+
+        Returns:
+            `tuple`: what TRL's `_generate` returns, of this process's rows.
+        """
+        return self.sample(self.batch.round, prompts)
+
+    def rewards(self, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
+        """Rewards of the rows that are trained on, of all processes, by function; shape `(N, num_funcs)`."""
+        newest = self.batch.round
+        newest.rewards = self.score(newest, prompts, completions, completion_ids)
+        return newest.rewards
+
+
+class Rounds(OneCall):
+    """
+    Rounds of completions, of which it is decided, once they are scored, what is sampled next and which rows are kept.
+    A method is a subclass with [`Rounds.choose`].
+
+    Args:
+        batch, sample, score: as in [`OneCall`].
+        total (`Callable[[torch.Tensor], torch.Tensor]`): one reward of each row, `(R,)`, from those by function.
+        extra_logs (`dict[str, list]`): what reward functions have logged of the rows that they were given last.
+    """
+
+    def __init__(self, batch: GenerationBatch, sample: Sample, score: Score, total: Callable, extra_logs: dict):
+        super().__init__(batch, sample, score)
+        self.total, self.extra_logs = total, extra_logs
+        self._rows: list[tuple] = []
+        self._has_logprobs = False
+        self._rest: list = []
+
+    def choose(self) -> np.ndarray:
+        """Run rounds. Returns the rows to train on, shape `(N,)`, counted through all rounds."""
+        raise NotImplementedError
+
+    def run(self) -> np.ndarray:
+        """
+        Sample and score the batch's newest round.
+
+        Returns:
+            `np.ndarray` of shape `(R,)`: the total reward of each of the round's rows, NaN = unscorable.
+        """
+        newest, logs = self.batch.round, self.extra_logs
+        prompts = [example["prompt"] for example in newest.examples]
+        prompt_ids, completion_ids, _, completions, logprobs, *self._rest = self.sample(newest, prompts)
+        self._has_logprobs = logprobs is not None
+        logs.clear()
+        newest.rewards = self.score(newest, prompts, completions, completion_ids)
+        logged = [{name: values[row] for name, values in logs.items()} for row in range(len(prompts))]
+        fields = prompts, prompt_ids, completion_ids, completions, logprobs or completions, logged
+        self._rows += gather_object(list(zip(*fields, strict=True)))
+        return self.total(newest.rewards).cpu().numpy()
+
+    def run_next(self, prompt_ids: np.ndarray) -> np.ndarray:
+        """[`Rounds.run`] a further round, with these prompts of the dataset."""
+        self.batch.rounds.append(self.batch.make_round(prompt_ids))
+        return self.run()
+
+    def generate(self, prompts: list) -> tuple:
+        batch, logs = self.batch, self.extra_logs
+        batch.kept = self.choose()
+        kept = zip(*(self._rows[row] for row in batch.kept[batch.share]), strict=True)
+        prompts[:], prompt_ids, completion_ids, completions, logprobs, logged = map(list, kept)
+        logs.clear()
+        for name in sorted({name for row in self._rows for name in row[-1]}):  # on all ranks the same
+            logs[name] = [row.get(name) for row in logged]
+        return prompt_ids, completion_ids, None, completions, logprobs if self._has_logprobs else None, *self._rest
+
+    def rewards(self, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
+        return self.batch.of_kept(self.batch.rewards)
+
+
+class InformativeGroups(Rounds):
+    """
+    DAPO's dynamic sampling: rounds of prompts until every group has rewards that differ, or the rounds are over.
+
+    Args:
+        seed (`int`): the run's.
+        max_rounds (`int`): rounds after the first, at most.
+        **kwargs: as in [`Rounds`].
+    """
+
+    def __init__(self, seed: int, max_rounds: int, **kwargs):
+        super().__init__(**kwargs)
+        self.seed, self.max_rounds = seed, max_rounds
+
+    def choose(self) -> np.ndarray:
+        batch = self.batch
+        sampling = DynamicSampling(batch.group_ids, len(batch.dataset), [self.seed, batch.index])
+        sampling.observe(self.run())
+        while not sampling.is_full and len(batch.rounds) <= self.max_rounds:
+            drawn = sampling.draw()
+            if drawn is None:
+                break
+            sampling.observe(self.run_next(drawn))
+        return sampling.rows
+
+
+class Pilot(Rounds):
+    """
+    Part of each group first, the rest where that part has shown that it is of use.
+
+    Args:
+        bounds ([`Bounds`]): mean, fewest and most rollouts of a prompt.
+        correctness_column (`int`): column of the rewards that tells right from wrong.
+        **kwargs: as in [`Rounds`].
+    """
+
+    def __init__(self, bounds: Bounds, correctness_column: int, **kwargs):
+        super().__init__(**kwargs)
+        self.bounds, self.correctness_column = bounds, correctness_column
+
+    def choose(self) -> np.ndarray:
+        batch, ids = self.batch, self.batch.prompt_ids
+        mean, fewest, most = self.bounds
+        pilots = pilot_rollouts(len(ids), fewest, batch.num_processes)
+        batch.rounds = [batch.make_round(np.repeat(ids, pilots))]
+        self.run()
+        correctness = batch.round.rewards[:, self.correctness_column].cpu().numpy()
+        # In the order of `ids`.
+        counts = rollout_counts(batch.round.prompt_ids, correctness, np.zeros(len(correctness)))
+        rate = counts["correct"] / np.where(counts["scored"] > 0, counts["scored"], np.nan)
+        rest = commit_rollouts(rate, pilots, mean, most) - pilots
+        if rest.any():
+            self.run_next(np.repeat(ids, rest))
+        order = np.argsort(ids)
+        place = order[np.searchsorted(ids, batch.sampled_ids, sorter=order)]
+        rows = np.argsort(place, kind="stable")
+        batch.group_ids = batch.sampled_ids[rows]
+        return rows
+
+
+def sampling_of(
+    args, batch: GenerationBatch, sample: Sample, score: Score, correctness_column: int, **kwargs
+) -> OneCall:
+    """
+    How a batch is sampled under these settings.
+
+    Args:
+        args ([`E3GRPOConfig`]): the run's configuration.
+        batch, sample, score: as in [`OneCall`].
+        correctness_column (`int`): column of the rewards that tells right from wrong.
+        **kwargs: further arguments of [`Rounds`].
+    """
+    how = {"batch": batch, "sample": sample, "score": score}
+    if args.dynamic_sampling:
+        return InformativeGroups(args.seed, args.max_resample_rounds, **how, **kwargs)
+    if args.rollout_allocation == "pilot":
+        bounds = Bounds(args.num_generations, args.num_generations_min, args.num_generations_max)
+        return Pilot(bounds, correctness_column, **how, **kwargs)
+    return OneCall(**how)

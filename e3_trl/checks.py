@@ -1,0 +1,168 @@
+"""What is refused of E3's settings, as tables, and of a run's data, before a model is loaded."""
+
+import math
+import warnings
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from .grpo.checks import Combination, Setting, one_of, reward_name
+
+
+SETTINGS: list[Setting] = [
+    ("success_decay", lambda value: 0 < value <= 1, "Set it in (0, 1], 1 = none."),
+    ("success_prior", lambda value: 0 <= value < math.inf, "Set it to 0 (none) or more."),
+    one_of("temperature_schedule", "entropy", "constant"),
+    one_of("entropy_estimator", "exact", "sampled"),
+    ("temperature_spread", lambda value: 0 <= value < 2, "Set it in [0, 2), 0 = the same for all prompts."),
+    ("length_bias_coef", lambda value: value >= 0, "Set it to 0 (off) or more."),
+    ("length_bias_fraction", lambda value: 0 <= value <= 1, "Set it within [0, 1]."),
+    ("max_resample_rounds", lambda value: value >= 1, "Set it to 1 or more, or dynamic_sampling to False."),
+]
+COMBINATIONS: list[Combination] = [
+    (
+        lambda c: c.rollout_allocation == "pilot" and c.dynamic_sampling,
+        "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards of a batch what "
+        "is sampled next. Set one of them only.",
+    ),
+    (
+        lambda c: c.temperature_spread > 0 and not c.temperature_min <= c.temperature <= c.temperature_max,
+        "temperature_spread is {c.temperature_spread} and temperature {c.temperature}, outside of temperature_min "
+        "({c.temperature_min}) and temperature_max ({c.temperature_max}), which hold for each prompt. Widen these.",
+    ),
+    (
+        lambda c: c.temperature_spread > 0 and c.use_vllm and c.vllm_mode == "server",
+        "temperature_spread is {c.temperature_spread}, and a vLLM server is told one temperature for all prompts. Set "
+        "vllm_mode to 'colocate', or temperature_spread to 0.",
+    ),
+    (
+        lambda c: c.temperature_spread > 0 and c.use_transformers_continuous_batching,
+        "temperature_spread is {c.temperature_spread}, and transformers' continuous batching is told one temperature "
+        "for all prompts. Set use_transformers_continuous_batching to False, or temperature_spread to 0.",
+    ),
+    (
+        lambda c: not 0 < c.prompt_selection_ratio <= 1 or c.num_candidates > c.generation_batch_size,
+        "prompt_selection_ratio is {c.prompt_selection_ratio}. Set it to at least 1 / num_generations "
+        "(num_generations is {c.num_generations}), for a batch has a row for each candidate, and to at most 1.",
+    ),
+    (
+        lambda c: c.temperature_schedule == "entropy" and c.temperature <= 0,
+        "temperature is {c.temperature}, and greedy decoding has no entropy to hold. Set it above 0, or set "
+        "temperature_schedule to 'constant'.",
+    ),
+]
+# What works on text alone, and when it is on.
+TEXT_ONLY = {
+    "dynamic_sampling": lambda c: c.dynamic_sampling,
+    "prompt_selection_ratio": lambda c: c.prompt_selection_ratio < 1,
+    "entropy_weighting": lambda c: c.entropy_weighting,
+    "rollout_allocation": lambda c: c.rollout_allocation == "pilot",
+    "temperature_spread": lambda c: c.temperature_spread > 0,
+}
+
+
+def check_run(
+    args,
+    reward_funcs: list,
+    train_dataset: Dataset | IterableDataset | None,
+    fixed_columns: bool = True,
+    tools: bool = False,
+) -> None:
+    """
+    Raise `ValueError`, naming the field, its value and the remedy, if E3 cannot be trained as configured; warn where
+    a part of it would do nothing.
+
+    Args:
+        args ([`E3GRPOConfig`]): the run's configuration.
+        reward_funcs (`list`): reward functions, reward models and their names.
+        train_dataset (`Dataset`, `IterableDataset` or `None`): data to train on.
+        fixed_columns (`bool`, *optional*, defaults to `True`):
+            Whether all columns come from the dataset. Environments and rollout functions can add to them.
+        tools (`bool`, *optional*, defaults to `False`):
+            Whether completions can call tools.
+    """
+    if fixed_columns:
+        # An environment may bring a reward of its own, whose name the trainer has later.
+        correctness_column(args, [reward_name(func) for func in reward_funcs if func is not None])
+    sized = isinstance(train_dataset, Dataset)
+    images = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or [])
+    for name, is_set in TEXT_ONLY.items():
+        if is_set(args) and (not sized or not fixed_columns or tools or images):
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but it works on text alone: no stream, image column, tool, "
+                f"environment or rollout function. Set it to {getattr(type(args), name)}, or leave these out."
+            )
+    annealing = args.temperature_schedule == "entropy" and args.annealing_start is not None
+    if annealing and isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"annealing_start is {args.annealing_start}, but max_steps is {args.max_steps} and the dataset has no "
+            "length. Set max_steps, or set annealing_start to None."
+        )
+    if args.gives_budgets and (train_dataset is not None or not fixed_columns):
+        _warn_of_equal_budgets(args, train_dataset)
+    if sized:
+        _check_difficulty_column(args.difficulty_column, train_dataset)
+        if len(train_dataset) < args.num_candidates:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} prompts, fewer than the {args.num_candidates} that those of "
+                "one generation batch are chosen from (generation_batch_size "
+                f"{args.generation_batch_size} / num_generations {args.num_generations} / prompt_selection_ratio "
+                f"{args.prompt_selection_ratio:g}). Add prompts, raise prompt_selection_ratio, or lower "
+                "per_device_train_batch_size or gradient_accumulation_steps (or steps_per_generation)."
+            )
+
+
+def _warn_of_equal_budgets(args, train_dataset: Dataset | IterableDataset | None) -> None:
+    if not isinstance(train_dataset, Dataset):
+        origin = "comes as a stream" if train_dataset is not None else "is made by the environment"
+        warnings.warn(
+            f"rollout_allocation is {args.rollout_allocation!r}, but train_dataset is a "
+            f"{type(train_dataset).__name__}: a prompt that {origin} has no index and nothing can be counted of it, "
+            "so each will get num_generations rollouts. Load a `Dataset` (streaming off), or set rollout_allocation "
+            "to 'uniform'.",
+            stacklevel=4,
+        )
+        return
+    prompts_per_batch = args.generation_batch_size // args.num_generations
+    if prompts_per_batch == 1 or args.num_generations in (args.num_generations_min, args.num_generations_max):
+        warnings.warn(
+            f"rollout_allocation is {args.rollout_allocation!r}, but every prompt will get num_generations "
+            f"({args.num_generations}) rollouts: a generation batch has {prompts_per_batch} prompt(s), "
+            f"num_generations_min is {args.num_generations_min} and num_generations_max {args.num_generations_max}. "
+            "Raise gradient_accumulation_steps or num_generations (below 3 there is no room), or widen these.",
+            stacklevel=4,
+        )
+
+
+def correctness_column(args, names: list[str]) -> int:
+    """The column of rewards that is the correctness signal; `ValueError` if no reward function has the name."""
+    if args.difficulty_reward_func is None:
+        return 0
+    if args.difficulty_reward_func not in names:
+        raise ValueError(
+            f"difficulty_reward_func is {args.difficulty_reward_func!r}, which is none of the reward functions "
+            f"{names}. Set it to one of them, or to None for the first."
+        )
+    return names.index(args.difficulty_reward_func)
+
+
+def _check_difficulty_column(column: str | None, dataset: Dataset) -> None:
+    if column is None:
+        return
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"difficulty_column is {column!r}, but the dataset has only {dataset.column_names}. Name one of them."
+        )
+    remedy = "Scale it to [0, 1], 1 = hardest, null = unknown."
+    try:
+        values = initial_difficulty(column, dataset)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"difficulty_column {column!r} does not hold numbers ({error}). {remedy}") from error
+    outside = values[(values < 0) | (values > 1)]
+    if len(outside):
+        raise ValueError(f"difficulty_column {column!r} holds {outside[0]}. {remedy}")
+
+
+def initial_difficulty(column: str | None, dataset: Dataset) -> np.ndarray | None:
+    """The starting difficulty of each prompt, shape `(num_prompts,)`, NaN where the column is null."""
+    return None if column is None else np.array(list(dataset.with_format(None)[column]), dtype=np.float64)

@@ -1,0 +1,188 @@
+"""What is refused before a model is loaded, so that a mistake costs seconds: settings as tables, and a run's data."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from trl.trainer.utils import get_callable_name
+
+from ..runs.dashboards import DASHBOARDS
+
+
+# What TRL passes to every reward function besides the columns of the dataset.
+_REWARD_ARGUMENTS = {
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
+}  # fmt: skip
+
+# A field, what it may be, and what to do where it is not.
+Setting = tuple[str, Callable[[Any], bool], str]
+# Where fields together are wrong, and the message, in which `c` is the config.
+Combination = tuple[Callable[[Any], bool], str]
+
+
+def one_of(name: str, *choices: str) -> Setting:
+    """The row of a field that is one of several words."""
+    *some, last = map(repr, choices)
+    return name, lambda value: value in choices, f"Set it to {', '.join(some)} or {last}."
+
+
+def check_settings(config, settings: list[Setting], combinations: list[Combination] = ()) -> None:
+    """Raise `ValueError`, naming field, value and remedy, for the first row of the tables that the config breaks."""
+    for name, is_right, remedy in settings:
+        value = getattr(config, name)
+        if not is_right(value):
+            raise ValueError(f"{name} is {value!r}. {remedy}")
+    for is_wrong, message in combinations:
+        if is_wrong(config):
+            raise ValueError(message.format(c=config))
+
+
+def check_data(
+    args,
+    reward_funcs: list,
+    datasets: list[Dataset | IterableDataset | None],
+    fixed_columns: bool = True,
+) -> None:
+    """
+    Raise `ValueError`, naming the field, its value and the remedy, if the run cannot be trained as configured. What
+    TRL says itself is left to it.
+
+    Args:
+        args ([`FastGRPOConfig`]): the run's configuration.
+        reward_funcs (`list`): reward functions, reward models and their names.
+        datasets (`list`): data to train and to evaluate on.
+        fixed_columns (`bool`, *optional*, defaults to `True`):
+            Whether all columns come from the dataset. Environments and rollout functions can add to them.
+    """
+    get_reporting_integration_callbacks(args.report_to)  # says which there are
+    missing = [
+        name for name in DASHBOARDS if name in args.report_to and name not in get_available_reporting_integrations()
+    ]
+    if missing:
+        raise ValueError(
+            f"report_to is {args.report_to}, and {missing[0]} is not installed. `pip install {missing[0]}`, or set "
+            "report_to to none."
+        )
+    if fixed_columns:
+        callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
+        for dataset in datasets:
+            _check_columns(dataset, callables)
+    train_dataset, prompts_per_batch = datasets[0], args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts_per_batch} of one generation "
+            f"batch (generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). "
+            "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps (or "
+            "steps_per_generation)."
+        )
+
+
+def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:  # a stream can leave its columns open
+        return
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset):
+        columns = list(dataset[0])  # a transform makes and drops columns
+    if "prompt" not in columns:
+        raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
+    # Only where the stored column has a null, which may not be among the rows that were selected, are rows read.
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom" and dataset.data["prompt"].null_count:
+        prompts = dataset.with_format("arrow").select_columns("prompt")
+        for index, batch in enumerate(prompts.iter(batch_size=1000)):
+            if batch["prompt"].null_count:
+                row = 1000 * index + batch["prompt"].is_null().index(True).as_py()
+                raise ValueError(f"The dataset's row {row} has no prompt. Fill it in, or drop the row.")
+    for func in reward_funcs:
+        for parameter in inspect.signature(func).parameters.values():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            )
+            if required and parameter.name not in _REWARD_ARGUMENTS | set(columns):
+                raise ValueError(
+                    f"Reward function {get_callable_name(func)!r} needs a column {parameter.name!r}, but the dataset "
+                    f"has only {columns}. Add or rename the column, or choose another reward function."
+                )
+
+
+def reward_name(func) -> str:
+    """The name that TRL will give a reward function, or a reward model or its path."""
+    if isinstance(func, torch.nn.Module):
+        func = func.config._name_or_path
+    return func.split("/")[-1] if isinstance(func, str) else get_callable_name(func)
+
+
+class EngineCheckCallback(TrainerCallback):
+    """
+    Checks what a colocated vLLM is asked to hold, at the one place where the trainer has its model and tokenizer and
+    has not started the engine.
+
+    Args:
+        trainer ([`FastGRPOTrainer`]): the trainer, as yet half built.
+        datasets (`list`): what it trains and evaluates on.
+
+    Raises:
+        `ValueError`: see [`check_colocated_vllm`].
+    """
+
+    def __init__(self, trainer, datasets: list):
+        self.trainer = trainer
+        self.datasets = datasets
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if not (args.use_vllm and args.vllm_mode == "colocate"):
+            return
+        trainer = self.trainer
+        longest = 0
+        # Image and environment prompts get their final length later.
+        if not trainer._is_vlm and trainer.environment_factories is None:
+            for dataset in filter(lambda dataset: isinstance(dataset, Dataset), self.datasets):
+                share = dataset.shard(args.world_size, args.process_index)
+                for batch in share.iter(batch_size=1000):
+                    longest = max(longest, *map(len, trainer.tokenize(batch["prompt"])))
+        longest = max(gather_object([longest]))  # no rank starts an engine where another cannot
+        config = trainer.model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        check_colocated_vllm(args, config.tie_word_embeddings, trainer.accelerator.device.type, longest, context)
+
+
+def check_colocated_vllm(
+    args, tie_word_embeddings: bool, device: str, longest_prompt: int, context: int | None
+) -> None:
+    """
+    Raise `ValueError` if a colocated vLLM could not hold the run's prompts, or would sample from stale weights.
+
+    Args:
+        args ([`FastGRPOConfig`]): the run's configuration.
+        tie_word_embeddings (`bool`): whether the model's LM head is its embedding.
+        device (`str`): type of the device that is trained on.
+        longest_prompt (`int`): tokens of the dataset's longest prompt.
+        context (`int`, *optional*): tokens that the model is made for.
+    """
+    if device == "cpu" and tie_word_embeddings:
+        raise ValueError(
+            "The model has tie_word_embeddings set, and use_vllm is on with a CPU: vLLM's reload leaves the tied LM "
+            "head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
+        )
+    needed = longest_prompt + args.max_completion_length
+    both = (
+        f"less than the longest prompt ({longest_prompt} tokens) and max_completion_length "
+        f"({args.max_completion_length}) together"
+    )
+    if args.vllm_max_model_length is None:
+        if context is not None and context < needed:
+            raise ValueError(
+                f"vllm_max_model_length is None, and the model's context (max_position_embeddings) {context}, {both}. "
+                "Shorten max_completion_length, drop the longest prompts, or set vllm_max_model_length if the model "
+                "holds more."
+            )
+    elif args.vllm_max_model_length < needed:
+        raise ValueError(
+            f"vllm_max_model_length is {args.vllm_max_model_length}, {both}. Set it to {needed} or more, shorten "
+            "max_completion_length, or drop the longest prompts."
+        )

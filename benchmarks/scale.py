@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from e3_trl import read_rollout_columns
-from e3_trl.replay import read_batches
+from e3_trl.commands.replay import read_batches
 from e3_trl.runs.figures import draw_runs
 from e3_trl.runs.rollout_log import RolloutLog
 from e3_trl.runs.run_folder import ROLLOUTS_FILE

@@ -6,15 +6,15 @@ import sys
 from . import __version__
 
 
-# The module whose `run` takes the arguments, and what it does.
+# What each does. `run` of the module in `commands` that has its name takes the arguments.
 COMMANDS = {
-    "train": ("commands.train", "train a model with E3, or with a baseline"),
-    "evaluate": ("commands.evaluate", "pass@1 and pass@k of models on benchmarks"),
-    "prepare-data": ("commands.prepare_data", "make training data, with difficulties, from raw problems"),
-    "plot": ("commands.plot", "draw the figures of runs"),
-    "push": ("commands.push", "upload a finished run to the Hub"),
-    "replay": ("replay", "what other budget rules would have given on a finished run"),
-    "memory": ("commands.memory", "GPU memory that a recipe needs, on paper"),
+    "train": "train a model with E3, or with a baseline",
+    "evaluate": "pass@1 and pass@k of models on benchmarks",
+    "prepare-data": "make training data, with difficulties, from raw problems",
+    "plot": "draw the figures of runs",
+    "push": "upload a finished run to the Hub",
+    "replay": "what other budget rules would have given on a finished run",
+    "memory": "GPU memory that a recipe needs, on paper",
 }
 # Packages that come with an extra of setup.cfg.
 EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
@@ -22,7 +22,7 @@ EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
 
 def usage() -> str:
     lines = [f"e3-trl {__version__}", "", "usage: e3-trl <command> ...   (e3-trl <command> --help says more)", ""]
-    return "\n".join([*lines, *(f"  {name:13} {text}" for name, (_, text) in COMMANDS.items())])
+    return "\n".join([*lines, *(f"  {name:13} {text}" for name, text in COMMANDS.items())])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"There is no command {command!r}.\n\n{usage()}")
     else:
         try:
-            module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
+            module = importlib.import_module(f".commands.{command.replace('-', '_')}", __package__)
         except ModuleNotFoundError as error:
             if error.name not in EXTRAS:
                 raise

@@ -28,7 +28,7 @@ LOADED = [
     ("import e3_trl", ["numpy", "torch"]),
     ("from e3_trl import allocate_rollouts, pass_at_k, read_rollouts", ["pandas", "torch"]),
     ("from e3_trl import DifficultyTracker, TemperatureSchedule", ["torch"]),
-    ("import e3_trl.replay, e3_trl.commands.plot", ["transformers", "trl"]),
+    ("import e3_trl.commands.replay, e3_trl.commands.plot", ["transformers", "trl"]),
     # until a recipe has been understood
     ("import e3_trl.commands.train", ["trl.trainer.grpo_trainer", "vllm"]),
 ]

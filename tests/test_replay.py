@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from e3_trl import RolloutBudgetSchedule
-from e3_trl.replay import Batch, budgets_by_rule, chance_of_none, fit_beta, main, measured, read_batches, replay
+from e3_trl.commands.replay import (
+    Batch,
+    budgets_by_rule,
+    chance_of_none,
+    fit_beta,
+    main,
+    measured,
+    read_batches,
+    replay,
+)
 
 
 def made_up_run(num_prompts=2000, num_passes=4, rollouts=8, seed=0):

@@ -1,5 +1,5 @@
 """
-What `e3_trl.replay` foretells of other budget rules from GRPO's runs of task (a), beside what real runs with them had.
+What `e3-trl replay` foretells of other budget rules from GRPO's runs of task (a), beside what real runs with them had.
 
     python -m benchmarks.study.foretell [--study_dir outputs/study]
 
@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from benchmarks.study.run import STUDY, read_study
 from e3_trl import RolloutBudgetSchedule
-from e3_trl.replay import budgets_by_rule, measured, read_batches, replay
+from e3_trl.commands.replay import budgets_by_rule, measured, read_batches, replay
 from e3_trl.runs.report import write_json
 
 

@@ -1,7 +1,7 @@
 """
 What another budget rule would have given on a run that is over, without a GPU:
 
-    python -m e3_trl.replay outputs/e3 --rules uniform knapsack my_package.rules.my_rule [--figure replay.png]
+    e3-trl replay outputs/e3 --rules uniform knapsack my_package.rules.my_rule [--figure replay.png]
 
 For each rule: the share of rollouts that go to prompts with a signal (whose rewards differ), the share of prompts
 whose rollouts are all wrong, and the rollouts of a prompt by its success rate.
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .commands import mistakes_named
-from .method.budget import RolloutBudgetSchedule
-from .method.budget_rules import ROUND_RULES, RULES, Bounds, load_rule
-from .method.difficulty import DifficultyTracker
-from .runs.report import read_settings, write_json
-from .runs.rollout_log import read_rollout_columns
+from ..method.budget import RolloutBudgetSchedule
+from ..method.budget_rules import ROUND_RULES, RULES, Bounds, load_rule
+from ..method.difficulty import DifficultyTracker
+from ..runs.report import read_settings, write_json
+from ..runs.rollout_log import read_rollout_columns
+from . import mistakes_named
 
 
 # Of success rates, for the rollouts of a prompt by its success rate.

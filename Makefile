@@ -85,6 +85,6 @@ quickstart-compare: quickstart
 	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
 
 # A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 [REPO=me/my-model].
-# EVALUATION=outputs/evaluation puts the results of recipes/evaluate.py on the card.
+# EVALUATION=outputs/evaluation puts the results of `e3-trl evaluate` on the card.
 push: install
-	$(BIN)/python recipes/push.py "$(MODEL)" $(if $(REPO),"$(REPO)") $(if $(EVALUATION),--evaluation "$(EVALUATION)")
+	$(BIN)/e3-trl push "$(MODEL)" $(if $(REPO),"$(REPO)") $(if $(EVALUATION),--evaluation "$(EVALUATION)")

@@ -1,4 +1,4 @@
-"""`e3-trl <command>`: what the scripts of `recipes/` do, wherever the package is installed."""
+"""`e3-trl <command>`, wherever the package is installed."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""recipes/evaluate.py, and the sampling and scoring that it shares with recipes/prepare_data.py."""
+"""`e3-trl evaluate`, and the sampling and scoring that it shares with `e3-trl prepare-data`."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""recipes/prepare_data.py. What it shares with recipes/evaluate.py is tested there too."""
+"""`e3-trl prepare-data`. What it shares with `e3-trl evaluate` is tested there too."""
 
 import json
 from pathlib import Path

@@ -217,7 +217,7 @@ def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
     sent = len(hub.uploads)
     (tmp_path / "report.json").write_text('{"benchmarks": {"AIME 2024": {"pass@k": {"1": 0.25}}}}')
     evaluation = ["--evaluation", str(tmp_path)]
-    done = run(hub, tmp_path, WRITE, "recipes/push.py", str(tmp_path / "run"), *evaluation)
+    done = run(hub, tmp_path, WRITE, "-m", "e3_trl.cli", "push", str(tmp_path / "run"), *evaluation)
     assert done.returncode == 0, done.stderr
     assert "| AIME 2024 | 25.00 | 1 |" in hub.repos[REPO]["README.md"].decode()
     assert json.loads(hub.repos[REPO]["report.json"])["step"] == 4

@@ -157,20 +157,17 @@ def test_every_command_of_the_readme_updates_on_512_rows():
 def test_every_command_of_the_reproduction_is_understood(monkeypatch):
     text = (ROOT / "docs" / "reproduce.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").replace("$run", "e3")
-    commands = [line.split("#")[0].split() for line in blocks.splitlines() if ".py " in line.split("#")[0]]
+    commands = re.findall(r"^ *(e3-trl [\w-]+|accelerate launch .*train.py) ([^#\n]*)", blocks, re.MULTILINE)
     assert len(commands) == 6
     monkeypatch.chdir(ROOT)
-    for command in commands:
-        script = command.index(next(word for word in command if word.endswith(".py")))
-        arguments = [word for word in command[script + 1 :] if word != "--seed" and word != "$seed"]
-        if command[script] == "recipes/plot.py":
+    for command, rest in commands:
+        arguments = [word for word in rest.split() if word not in ("--seed", "$seed")]
+        if command == "e3-trl plot":
             make_plot_parser().parse_args(arguments)
-        elif command[script] == "recipes/train.py":
+        elif command.startswith("accelerate"):
             parse(ROOT / arguments[1], *arguments[2:])
         else:
-            fields = {"prepare_data": PreparationArguments, "evaluate": EvaluationArguments}[
-                Path(command[script]).stem
-            ]
+            fields = {"e3-trl prepare-data": PreparationArguments, "e3-trl evaluate": EvaluationArguments}[command]
             TrlParser(fields).parse_args_and_config([*arguments, "--use_vllm", "false"])
 
 

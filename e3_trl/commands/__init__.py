@@ -1,4 +1,4 @@
-"""What `e3-trl <command>` and the scripts of `recipes/` do, a module each."""
+"""What each `e3-trl <command>` does, a module each."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """
 Evaluate a model, or several runs of one method, on benchmarks: pass@1 and pass@k as in Table 1 of E3.
 
-    python recipes/evaluate.py --config recipes/evaluate.yaml --model_name_or_path outputs/e3-seed0 outputs/e3-seed1
+    e3-trl evaluate --config recipes/evaluate.yaml --model_name_or_path outputs/e3-seed0 outputs/e3-seed1
 
 Every field of `EvaluationArguments` may stand in the configuration, and on the command line, which wins. Completions
 are written to the output folder chunk by chunk: the same command goes on where a killed one stopped. In the end the
@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 @dataclass
 class EvaluationArguments(SamplingConfig):
     """
-    Arguments of this script, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
+    Arguments of `e3-trl evaluate`, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
 
     Args:
         model_name_or_path (`list[str]`):

@@ -1,8 +1,8 @@
 """
 Draw the paper's figures from run folders. Runs that differ in their seed alone are one line, with its spread.
 
-    python recipes/plot.py outputs/e3 outputs/grpo [--output_dir outputs/figures]
-    python recipes/plot.py --model outputs/e3 --prompts data/e3/validation.parquet
+    e3-trl plot outputs/e3 outputs/grpo [--output_dir outputs/figures]
+    e3-trl plot --model outputs/e3 --prompts data/e3/validation.parquet
 
 The second draws Figure 2 (Eq. 4 against the exact temperature) on next-token distributions of the model.
 """
@@ -57,7 +57,7 @@ def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, or reports of recipes/evaluate.py")
+    parser.add_argument("runs", nargs="*", help="run folders, or reports of `e3-trl evaluate`")
     parser.add_argument("--output_dir", default="outputs/figures", help="where to write (outputs/figures)")
     parser.add_argument("--model", help=f"model for the figure of Eq. 4 ({MODEL}, if it is there)")
     parser.add_argument("--prompts", help="parquet or JSON-lines file with a column prompt (<model>/test.jsonl)")

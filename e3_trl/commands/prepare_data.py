@@ -1,7 +1,7 @@
 """
 Make training and validation data from raw problems, with a difficulty for each, as in E3.
 
-    python recipes/prepare_data.py --config recipes/prepare_data.yaml
+    e3-trl prepare-data --config recipes/prepare_data.yaml
 
 Every field of `PreparationArguments` may stand in the configuration, and on the command line, which wins. Duplicates,
 the problems of the test sets and prompts that are too long go; a model answers each problem `num_samples` times; of
@@ -13,7 +13,7 @@ In the end the folder holds `train.parquet`, `validation.parquet`, their dataset
 samples that are right) and `difficulty` = 1 - `accuracy`. Differs from the paper, whose data give the share: the
 trainer's `difficulty_column` takes 1 as the hardest, as k_i in Algorithm 1.
 
-`recipes/train.py` takes the folder as its `dataset_name`. With `load_dataset`, name the files: datasets 5.2 caches a
+`e3-trl train` takes the folder as its `dataset_name`. With `load_dataset`, name the files: datasets 5.2 caches a
 local folder with a card by its name alone, and would go on giving the data of an earlier run.
 """
 
@@ -50,7 +50,7 @@ CHARACTERS_PER_TOKEN = 6000 / 2048
 @dataclass
 class PreparationArguments(SamplingConfig):
     """
-    Arguments of this script, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
+    Arguments of `e3-trl prepare-data`, with those of [`~e3_trl.evaluation.completions.SamplingConfig`].
 
     Args:
         dataset_name (`list[str]`):
@@ -258,7 +258,7 @@ CARD = """\
 
 # Problems with difficulty, for E3
 
-Made by `recipes/prepare_data.py` of e3_trl, for [E3](https://huggingface.co/papers/2505.18573), from {names}.
+Made by `e3-trl prepare-data`, for [E3](https://huggingface.co/papers/2505.18573), from {names}.
 
 | column | meaning |
 |---|---|

@@ -1,7 +1,7 @@
 """
 Upload a finished run to the Hub, or complete an upload that failed.
 
-    python recipes/push.py outputs/e3 [my-name/my-model] [--evaluation outputs/evaluation]
+    e3-trl push outputs/e3 [my-name/my-model] [--evaluation outputs/evaluation]
 """
 
 import argparse
@@ -19,7 +19,7 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "repo", nargs="?", help="name of the model repository (hub_model_id of the run, or the folder's name)"
     )
-    parser.add_argument("--evaluation", help="output_dir of recipes/evaluate.py, for report.json and the card")
+    parser.add_argument("--evaluation", help="output_dir of `e3-trl evaluate`, for report.json and the card")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     args = parser.parse_args(arguments)
     settings = read_settings(args.folder) or {}

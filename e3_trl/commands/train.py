@@ -42,7 +42,7 @@ GONE = {
 @dataclass
 class E3ScriptArguments(ScriptArguments):
     """
-    Arguments of this script.
+    Arguments of `e3-trl train`.
 
     Args:
         trainer (`str`, *optional*, defaults to `"e3"`):
@@ -75,7 +75,7 @@ def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
     path = Path(script_args.dataset_name)
     files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
     if script_args.dataset_train_split in files:
-        # What prepare_data.py writes. Loaded as a folder, its card would make datasets cache it by name, for ever.
+        # What `e3-trl prepare-data` writes. Loaded as a folder, its card makes datasets cache it by name, for ever.
         return load_dataset("parquet", data_files=files, streaming=script_args.dataset_streaming)
     kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(path.suffix)
     if kind is None and path.is_file():

@@ -48,7 +48,7 @@ class Run:
         """Read a run; `ValueError` if there is nothing to draw."""
         path = Path(path).resolve()
         if not path.exists():
-            raise ValueError(f"{path} is not there. Give run folders, or reports of recipes/evaluate.py.")
+            raise ValueError(f"{path} is not there. Give run folders, or reports of `e3-trl evaluate`.")
         run = cls(path, read_settings(path), read_log(path)) if path.is_dir() else cls(path, None, [])
         if not run.log and not read_benchmarks(path):
             raise ValueError(f"{path} holds neither a trainer_state.json nor an evaluation. Give a run's output_dir.")
@@ -116,7 +116,7 @@ def draw_runs(paths: list[str | Path], folder: str | Path) -> list[Path]:
     highest. Red lines: annealing begins (solid), a new pass begins (dotted).
 
     Args:
-        paths (`list`): run folders, or reports of `recipes/evaluate.py`.
+        paths (`list`): run folders, or reports of `e3-trl evaluate`.
         folder (`str` or `Path`): where to write; a figure of an earlier call that is not drawn now is removed.
 
     Returns:

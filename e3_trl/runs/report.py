@@ -79,7 +79,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
 def read_benchmarks(path: str | Path) -> dict[str, list[dict[int, float]]]:
     """
-    pass@k of an evaluated model, or of the runs that `recipes/evaluate.py` averaged.
+    pass@k of an evaluated model, or of the runs that `e3-trl evaluate` averaged.
 
     Args:
         path (`str` or `Path`): a folder with `report.json`, or a report.

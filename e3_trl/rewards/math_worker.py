@@ -1,8 +1,8 @@
 """
 A process that checks answers with math-verify: `python math_worker.py <socket> <parent pid> <seconds per item>`.
 
-[`~e3_trl.rewards.worker_pool.WorkerPool`] runs this file by its path. A worker thus imports math-verify and nothing
-else of e3_trl, whose `__init__` imports torch and TRL.
+[`~e3_trl.rewards.worker_pool.WorkerPool`] runs this file by its path. A worker thus imports math-verify and nothing of
+e3_trl: as a module of `e3_trl.rewards` it would bring torch and TRL, which the rewards there import.
 """
 
 import os

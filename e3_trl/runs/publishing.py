@@ -17,7 +17,7 @@ from .run_folder import ARGS_FILE, FIGURES, PREFIX_CHECKPOINT_DIR, REPORT_FILE, 
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"
-_NOT_PUSHED = ("_*", "earlier/*", "*.old", "*.tmp")  # `earlier` holds runs that were moved aside
+_NOT_PUSHED = ("_*", "*.tmp")  # `_earlier` holds runs that were moved aside
 
 
 class HubError(RuntimeError):

@@ -94,18 +94,16 @@ class _Waiting:
         for gold in indices:
             self._offer(gold)
 
-    def choose(self, worker: _Worker) -> str:
-        """The gold answer whose completions this worker takes next: one it knows, else one that none knows."""
-        if worker.gold in self.indices:
-            return worker.gold
-        gold = self._most(self._of_worker.get(worker, []))
+    def take(self, worker: _Worker) -> tuple[int, str]:
+        """
+        The completion that this worker checks next, which does not wait any longer, and its gold answer: one that the
+        worker knows, else one that none knows.
+        """
+        gold = worker.gold if worker.gold in self.indices else self._most(self._of_worker.get(worker, []))
         if gold is None:
             gold = self._most(self._of_nobody, unless=self._is_known)
-        return self._most(self._of_anyone) if gold is None else gold
-
-    def take(self, worker: _Worker) -> tuple[int, str]:
-        """The completion that this worker checks next, and its gold answer. It does not wait any longer."""
-        gold = self.choose(worker)
+        if gold is None:
+            gold = self._most(self._of_anyone)
         index = self.indices[gold].pop()
         if not self.indices[gold]:
             del self.indices[gold]
@@ -146,6 +144,112 @@ class _Waiting:
             else:
                 return gold
         return None
+
+
+class _Call:
+    """A call of [`WorkerPool.check`], with its arguments: the verdicts that it has by now, and what waits for one."""
+
+    def __init__(self, pool: "WorkerPool", completions: list[str], solution: list[str], describe: bool):
+        self.pool, self.completions, self.describe = pool, completions, describe
+        self.verdicts: list[Verdict | None] = [None] * len(completions)
+        self.failed: set[int | str] = set()  # completions and gold answers that have a second and last try
+        indices: dict[str, list[int]] = {}
+        for index, (_, gold) in reversed(list(enumerate(zip(completions, solution, strict=True)))):
+            if not isinstance(gold, str):
+                self.verdicts[index] = Verdict(None)
+            elif gold in pool._unscored:
+                self.verdicts[index] = pool._unscored[gold]
+            else:
+                indices.setdefault(gold, []).append(index)
+        self.waiting = _Waiting(indices, pool._workers)
+        if pool._failed_starts >= MAX_FAILED_STARTS:
+            pool._failed_starts = 0
+
+    def run(self) -> list[Verdict]:
+        workers = self.pool._workers
+        while self.waiting.indices or any(worker.index is not None for worker in workers):
+            self.pool._start(min(self.pool._size(), len(self.completions)))
+            for worker in list(workers):
+                if worker.ready and worker.index is None and self.waiting.indices:
+                    self.give(worker)
+            self.listen([worker for worker in workers if worker.index is not None or not worker.ready])
+        return self.verdicts
+
+    def give(self, worker: _Worker) -> None:
+        """Have a worker check the completion that is next for it."""
+        index, gold = self.waiting.take(worker)
+        worker.last_try = gold in self.failed
+        try:
+            worker.start(index, self.completions[index], gold, self.describe)
+        except OSError:  # it has died since its last answer
+            self.drop(worker)
+            self.waiting.put_back(index, gold)
+
+    def listen(self, busy: list[_Worker]) -> None:
+        """Wait until one of these workers answers, dies or has had its time, and note what each has come to."""
+        seconds = max(0.0, min((worker.deadline for worker in busy), default=0.0) - time.monotonic())
+        spoke = set(wait([worker.connection for worker in busy], timeout=seconds))
+        for worker in busy:
+            if worker.connection in spoke:
+                try:
+                    answer = json.loads(worker.connection.recv_bytes())
+                except (EOFError, OSError):
+                    self.lost(worker, timed_out=False)
+                else:
+                    self.heard(worker, answer)
+            elif time.monotonic() > worker.deadline:
+                self.lost(worker, timed_out=True)
+
+    def heard(self, worker: _Worker, answer: dict) -> None:
+        """Note a worker's answer, as `math_worker.serve` sends them."""
+        if "ready" in answer:
+            worker.ready, self.pool._failed_starts = True, 0
+        elif "reward" in answer:
+            texts = (answer["gold_parsed"], answer["answer_parsed"]) if self.describe else ()
+            self.verdicts[worker.index] = Verdict(answer["reward"], *texts)
+            worker.index = None
+            if answer["retire"]:
+                self.drop(worker)
+        elif answer["gold"]:
+            worker.golds.add(worker.gold)
+            self.failed.discard(worker.gold)
+            worker.deadline = time.monotonic() + self.pool.timeout
+        else:
+            self.skip(worker, Verdict(None))
+            worker.index = None
+
+    def lost(self, worker: _Worker, timed_out: bool) -> None:
+        """Settle what a worker was doing that timed out or died."""
+        self.drop(worker)
+        index, gold = worker.index, worker.gold
+        if index is None:
+            return
+        # A worker may have been killed, or stalled with the disk, by something else than what it was doing. A
+        # completion that took too long has no second try: there are too many, and it costs one reward, not all of a
+        # problem's.
+        is_parsed = gold in worker.golds
+        was_last_try = timed_out or index in self.failed if is_parsed else worker.last_try
+        if not was_last_try:
+            self.failed.add(index if is_parsed else gold)
+            self.waiting.put_back(index, gold)
+        elif is_parsed:
+            self.verdicts[index] = Verdict(0.0, "[not checked]", "[not checked]", checked=False)
+        else:
+            logger.warning(
+                f"A gold answer has twice taken more than {self.pool.timeout:g} s to parse, or ended its worker. Its "
+                f"completions are not scored in this run: {gold[:80]!r}"
+            )
+            self.skip(worker, Verdict(None, "[not checked]", "[not checked]", checked=False))
+
+    def skip(self, worker: _Worker, verdict: Verdict) -> None:
+        """No completion of this worker's gold answer can be scored, in this call and later ones."""
+        self.pool._unscored[worker.gold] = verdict
+        for index in [worker.index, *self.waiting.indices.pop(worker.gold, [])]:
+            self.verdicts[index] = verdict
+
+    def drop(self, worker: _Worker) -> None:
+        self.pool._drop(worker)
+        self.waiting.forget(worker)
 
 
 class WorkerPool:
@@ -193,7 +297,7 @@ class WorkerPool:
         """
         with self._lock:
             try:
-                return self._check(completions, solution, describe)
+                return _Call(self, completions, solution, describe).run()
             except BaseException:  # Ctrl-C, above all: what the workers are doing is of no use to anyone
                 self._close()
                 raise
@@ -206,104 +310,6 @@ class WorkerPool:
     def _close(self) -> None:
         while self._workers:
             self._workers.pop().kill()
-
-    def _check(self, completions: list[str], solution: list[str], describe: bool) -> list[Verdict]:
-        verdicts: list[Verdict | None] = [None] * len(completions)
-        indices: dict[str, list[int]] = {}
-        for index, (_, gold) in reversed(list(enumerate(zip(completions, solution, strict=True)))):
-            if not isinstance(gold, str):
-                verdicts[index] = Verdict(None)
-            elif gold in self._unscored:
-                verdicts[index] = self._unscored[gold]
-            else:
-                indices.setdefault(gold, []).append(index)
-        waiting = _Waiting(indices, self._workers)
-        failed: set[int | str] = set()  # completions and gold answers that have a second and last try
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            self._failed_starts = 0
-
-        def drop(worker: _Worker) -> None:
-            self._drop(worker)
-            waiting.forget(worker)
-
-        def skip(gold: str, verdict: Verdict) -> None:
-            """No completion of this gold answer can be scored, in this call and later ones."""
-            self._unscored[gold] = verdict
-            for index in indices.pop(gold, []):
-                verdicts[index] = verdict
-
-        def lost(worker: _Worker, timed_out: bool) -> None:
-            """Settle what a worker was doing that timed out or died."""
-            drop(worker)
-            index, gold = worker.index, worker.gold
-            if index is None:
-                return
-            # A worker may have been killed, or stalled with the disk, by something else than what it was doing. A
-            # completion that took too long has no second try: there are too many, and it costs one reward, not all of
-            # a problem's.
-            if gold in worker.golds and not timed_out and index not in failed:
-                failed.add(index)
-                waiting.put_back(index, gold)
-            elif gold in worker.golds:
-                verdicts[index] = Verdict(0.0, "[not checked]", "[not checked]", checked=False)
-            elif not worker.last_try:
-                failed.add(gold)
-                waiting.put_back(index, gold)
-            else:
-                logger.warning(
-                    f"A gold answer has twice taken more than {self.timeout:g} s to parse, or ended its worker. Its "
-                    f"completions are not scored in this run: {gold[:80]!r}"
-                )
-                verdicts[index] = Verdict(None, "[not checked]", "[not checked]", checked=False)
-                skip(gold, verdicts[index])
-
-        def heard(worker: _Worker, answer: dict) -> None:
-            """Note a worker's answer."""
-            if "ready" in answer:
-                worker.ready, self._failed_starts = True, 0
-                return
-            if "gold" not in answer:
-                texts = (answer["gold_parsed"], answer["answer_parsed"]) if describe else ()
-                verdicts[worker.index] = Verdict(answer["reward"], *texts)
-                worker.index = None
-                if answer["retire"]:
-                    drop(worker)
-            elif answer["gold"]:
-                worker.golds.add(worker.gold)
-                failed.discard(worker.gold)
-                worker.deadline = time.monotonic() + self.timeout
-            else:
-                verdicts[worker.index] = Verdict(None)
-                worker.index = None
-                skip(worker.gold, Verdict(None))
-
-        while indices or any(worker.index is not None for worker in self._workers):
-            self._start(min(self._size(), len(completions)))
-            for worker in list(self._workers):
-                if not (worker.ready and worker.index is None and indices):
-                    continue
-                index, gold = waiting.take(worker)
-                worker.last_try = gold in failed
-                try:
-                    worker.start(index, completions[index], gold, describe)
-                except OSError:  # it has died since its last answer
-                    drop(worker)
-                    waiting.put_back(index, gold)
-
-            busy = [worker for worker in self._workers if worker.index is not None or not worker.ready]
-            seconds = max(0.0, min(worker.deadline for worker in busy) - time.monotonic()) if busy else 0.0
-            spoke = set(wait([worker.connection for worker in busy], timeout=seconds))
-            for worker in busy:
-                if worker.connection in spoke:
-                    try:
-                        answer = json.loads(worker.connection.recv_bytes())
-                    except (EOFError, OSError):
-                        lost(worker, timed_out=False)
-                    else:
-                        heard(worker, answer)
-                elif time.monotonic() > worker.deadline:
-                    lost(worker, timed_out=True)
-        return verdicts
 
     def _start(self, count: int) -> None:
         """Have `count` workers, or fewer if starting them fails."""

@@ -146,6 +146,17 @@ class PreparationArguments(SamplingConfig):
                 )
 
 
+def load_raw(args: PreparationArguments) -> pd.DataFrame:
+    """The problems of all datasets, as they are."""
+    columns = {"prompt": args.problem_column, "solution": args.answer_column, "source": args.source_column}
+    columns["num_correct"] = args.num_correct_column
+    raw = [load_problems(name, "train", columns) for name in args.dataset_name]
+    for name, frame in zip(args.dataset_name, raw, strict=True):
+        if "solution" not in frame:
+            raise ValueError(f"{name!r} (dataset_name) has no answers. Set answer_column.")
+    return pd.concat(raw, ignore_index=True)
+
+
 def drop_known(problems: pd.DataFrame, test_prompts: list, counts: dict) -> pd.DataFrame:
     """Without problems that equal an earlier one, or one of the test sets, after normalising."""
     keys = problems["prompt"].map(normalize_problem)
@@ -205,9 +216,11 @@ def split(problems: pd.DataFrame, per_source: int, rng: np.random.Generator) -> 
     return problems.drop(validation).reset_index(drop=True), problems.loc[validation].reset_index(drop=True)
 
 
-def measure_accuracy(problems: pd.DataFrame, sampler: CompletionSampler, args: PreparationArguments) -> np.ndarray:
+def measure_accuracy(problems: pd.DataFrame, args: PreparationArguments) -> np.ndarray:
     """Share of right answers of each problem, NaN = unscorable."""
+    load_reward_func(args.reward_func)  # a wrong name is said before anything is sampled
     folder = Path(args.output_dir) / "sampling"
+    sampler = CompletionSampler(args.model_name_or_path, problems["prompt"].tolist(), args)
     rows = sampler.sample(args.seed, folder / "completions.jsonl")
     rewards = score_completions(problems.to_dict("list"), rows, folder / "rewards.jsonl", args)
     return np.where(np.isnan(rewards).any(axis=1), np.nan, (rewards > 0.5).mean(axis=1))
@@ -230,15 +243,25 @@ def histogram(accuracy: pd.Series, num_samples: int) -> list[int]:
     return np.bincount(np.rint(accuracy * num_samples).astype(int), minlength=num_samples + 1).tolist()
 
 
-def print_histogram(found: list[int], kept: list[int]) -> None:
+def print_summary(found: list[int], counts: dict, folder: Path) -> None:
+    """How many problems were found and kept, by right answers, and why others were not."""
     print(f"\n{'right':>5} {'found':>6} {'kept':>6}")
-    for level, (before, after) in enumerate(zip(found, kept, strict=True)):
-        width = 60 / max(1, *found)
+    by_correct = [counts[name]["by_correct"] for name in ("train", "validation")]
+    width = 60 / max(1, *found)
+    for level, (before, *parts) in enumerate(zip(found, *by_correct, strict=True)):
+        after = sum(parts)
         bar = "█" * round(after * width) + "░" * round((before - after) * width)
         print(f"{level:>5} {before:>6} {after:>6}  {bar}")
+    print(
+        f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets, "
+        f"{counts['too_long']['dropped']} too long\n"
+        f"{counts['train']['problems']} for training, {counts['validation']['problems']} for validation. Written to "
+        f"{folder}, with README.md and figure"
+    )
 
 
-def draw_histogram(found: list[int], train: list[int], validation: list[int], path: Path) -> None:
+def draw_histogram(found: list[int], counts: dict, path: Path) -> None:
+    train, validation = (counts[name]["by_correct"] for name in ("train", "validation"))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     levels = range(len(found))
     axes.bar(levels, found, color="lightgrey", label="left out")
@@ -285,7 +308,7 @@ The paper's own data give the share of right answers for difficulty; here that i
 """
 
 
-def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts: dict, args) -> None:
+def write_card(path: Path, counts: dict, args: PreparationArguments) -> None:
     metadata = DatasetCardData(
         tags=["math", "reinforcement-learning", "e3"],
         task_categories=["text-generation"],
@@ -296,11 +319,11 @@ def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts
             }
         ],
     )
-    sources = sorted(set(train["source"]))
+    sources = sorted(counts["train"]["by_source"])
 
-    def count(frame: pd.DataFrame) -> str:
-        by_source = Counter(frame["source"])
-        return " | ".join(str(number) for number in (len(frame), *(by_source[source] for source in sources)))
+    def cells(name: str) -> str:
+        numbers = [counts[name]["problems"], *(counts[name]["by_source"].get(source, 0) for source in sources)]
+        return " | ".join(map(str, numbers))
 
     dropped = [
         f"- {counts[name]['dropped']} of {counts[name]['found']} training problems {name.replace('_', ' ')} were left "
@@ -318,8 +341,8 @@ def write_card(path: Path, train: pd.DataFrame, validation: pd.DataFrame, counts
         by=f" of `{args.model_name_or_path}`" if args.model_name_or_path else ", given with the problems",
         sources=" | ".join(sources),
         bars="---|" * len(sources),
-        train=count(train),
-        validation=count(validation),
+        train=cells("train"),
+        validation=cells("validation"),
         test_sets=", ".join(f"`{Path(name).name}`" for name in args.test_sets) or "none given",
         dropped="".join(dropped),
         **{name: counts[name] for name in ("rows", "duplicates", "in_test_sets")},
@@ -353,17 +376,10 @@ def push(folder: Path, name: str) -> None:
 
 
 def main(args: PreparationArguments) -> None:
-    columns = {"prompt": args.problem_column, "solution": args.answer_column, "source": args.source_column}
-    columns["num_correct"] = args.num_correct_column
-    raw = [load_problems(name, "train", columns) for name in args.dataset_name]
-    for name, frame in zip(args.dataset_name, raw, strict=True):
-        if "solution" not in frame:
-            raise ValueError(f"{name!r} (dataset_name) has no answers. Set answer_column.")
+    raw = load_raw(args)
     test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
     counts: dict = {}
-    problems = drop_known(pd.concat(raw, ignore_index=True), test_prompts, counts)
-    problems = drop_long(problems, args, counts)
-    rng = np.random.default_rng(args.seed)
+    problems = drop_long(drop_known(raw, test_prompts, counts), args, counts)
     split(problems, args.validation_per_source, np.random.default_rng(0))  # what cannot be split is not sampled either
 
     folder = Path(args.output_dir)
@@ -371,35 +387,25 @@ def main(args: PreparationArguments) -> None:
     if args.num_correct_column is not None:
         accuracy = given_accuracy(problems.pop("num_correct"), args)
     else:
-        load_reward_func(args.reward_func)
-        sampler = CompletionSampler(args.model_name_or_path, problems["prompt"].tolist(), args)
-        accuracy = measure_accuracy(problems, sampler, args)
+        accuracy = measure_accuracy(problems, args)
     problems = problems.assign(accuracy=accuracy, difficulty=1 - accuracy)
     unscorable = problems["accuracy"].isna()
     counts["unscorable"] = int(unscorable.sum())
     problems = problems[~unscorable].reset_index(drop=True)
     found = histogram(problems["accuracy"], args.num_samples)
 
+    rng = np.random.default_rng(args.seed)
     train, validation = split(problems, args.validation_per_source, rng)  # before balancing, as in the paper
     train = balance(train, args, rng, counts)
-    parts = {"train": train, "validation": validation}
     conversational = args.apply_chat_template or not all(isinstance(prompt, str) for prompt in problems["prompt"])
-    levels = {name: histogram(part["accuracy"], args.num_samples) for name, part in parts.items()}
-    for name, part in parts.items():
+    for name, part in {"train": train, "validation": validation}.items():
         write_parquet(part, folder / f"{name}.parquet", conversational)
-        counts[name] = {"problems": len(part), "by_source": dict(Counter(part["source"])), "by_correct": levels[name]}
-    write_card(folder / "README.md", train, validation, counts, args)
-    draw_histogram(found, levels["train"], levels["validation"], folder / "difficulty.png")
+        levels = histogram(part["accuracy"], args.num_samples)
+        counts[name] = {"problems": len(part), "by_source": dict(Counter(part["source"])), "by_correct": levels}
+    write_card(folder / "README.md", counts, args)
+    draw_histogram(found, counts, folder / "difficulty.png")
     write_json(folder / "report.json", {"settings": asdict(args), "counts": counts})
-
-    print_histogram(found, np.add(levels["train"], levels["validation"]).tolist())
-    print(
-        f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets, "
-        f"{counts['too_long']['dropped']} too long"
-    )
-    print(
-        f"{len(train)} for training, {len(validation)} for validation. Written to {folder}, with README.md and figure"
-    )
+    print_summary(found, counts, folder)
     if args.hub_dataset_id:
         push(folder, args.hub_dataset_id)
 

@@ -188,11 +188,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     if not batches:
         parser.error(f"{run} holds no whole row. Name a run that has sampled a batch.")
     settings = (read_settings(run) if run.is_dir() else None) or {}
-    sizes = {round(batch.rollouts.mean()) for batch in batches}
-    num_generations = settings.get("num_generations", min(sizes))
+    num_generations = settings.get("num_generations", min(round(batch.rollouts.mean()) for batch in batches))
     names = ("num_generations_min", "num_generations_max", "num_generations_step")
-    chosen = {name: getattr(args, name) or settings.get(name) for name in names}
-    schedule = RolloutBudgetSchedule(num_generations, **{key: value for key, value in chosen.items() if value})
+    chosen = {name: value for name in names if (value := getattr(args, name) or settings.get(name))}
+    schedule = RolloutBudgetSchedule(num_generations, **chosen)
     results = {"measured": measured(batches), "as it was": replay(batches, [batch.rollouts for batch in batches])}
     for rule in args.rules:
         budgets = budgets_by_rule(batches, rule, schedule, args.success_decay, args.success_prior)

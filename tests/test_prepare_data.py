@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,6 +113,7 @@ problem_frames = st.lists(
 )
 
 
+@hypothesis.settings(deadline=None)
 @given(problem_frames, st.sets(st.integers(0, 30)), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9))
 def test_parts_are_disjoint_whole_and_balanced(raw, test, per_source, most_solved, most_failed):
     test_prompts = [f"PROBLEM $x{number}$" for number in test]

@@ -6,7 +6,7 @@ from typing import ClassVar
 from .checks import COMBINATIONS, SETTINGS
 from .grpo.config import FastGRPOConfig
 from .method.budget import RolloutBudgetSchedule
-from .method.budget_rules import load_rule
+from .method.budget_rules import RULES, load_rule
 from .method.temperature import TemperatureSchedule
 
 
@@ -24,14 +24,12 @@ class E3GRPOConfig(FastGRPOConfig):
 
         rollout_allocation (`str`, *optional*, defaults to `"rank"`):
             How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
-            every prompt gets `num_generations`, as in TRL, `"variance"` = by the variance of the prompt's rewards
-            (https://huggingface.co/papers/2602.01601), `"knapsack"` = by what a rollout is worth
-            (https://huggingface.co/papers/2509.25849), `"pilot"` = `num_generations_min` of each prompt first, then
-            the rest of those that were not all right (https://huggingface.co/papers/2605.26606), from the first batch
-            on and with two calls for completions (for text without tools), or the dotted path of a function of what is
-            known of the prompts ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds
-            ([`~e3_trl.method.budget_rules.Bounds`]) that returns `(B,)` integers. In all the total is constant and the
-            bounds hold.
+            every prompt gets `num_generations`, as in TRL, another of [`~e3_trl.method.budget_rules.RULES`], by
+            success rate, `"pilot"` = `num_generations_min` of each prompt first, then the rest of those that were not
+            all right (https://huggingface.co/papers/2605.26606), from the first batch on and with two calls for
+            completions (for text without tools), or the dotted path of a function of what is known of the prompts
+            ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds ([`~e3_trl.method.budget_rules.Bounds`]) that
+            returns `(B,)` integers. In all the total is constant and the bounds hold.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -116,8 +114,8 @@ class E3GRPOConfig(FastGRPOConfig):
         default="rank",
         metadata={
             "help": "How a batch's rollouts are split over its prompts: 'rank' = by difficulty (Algorithm 1), "
-            "'uniform' = every prompt gets `num_generations`, 'variance' and 'knapsack' = by success rate, 'pilot' = "
-            "part first, the rest where that was not all right, or the dotted path of a rule."
+            "'uniform' = every prompt gets `num_generations`, 'pilot' = part first, the rest where that was not all "
+            f"right, another of {[*RULES]}, or the dotted path of a rule."
         },
     )
     success_decay: float = field(

@@ -1,0 +1,138 @@
+"""FastGRPOTrainer alone: TRL's GRPOTrainer with another class name. Gradients are in test_micro_batches.py."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logged, make_dataset, vowel_reward
+from trl import GRPOConfig, GRPOTrainer
+
+from e3_trl import E3GRPOConfig, FastGRPOConfig, FastGRPOTrainer
+from e3_trl.grpo.reward_errors import RewardError
+
+
+def test_the_defaults_are_trls(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    mine, trls = FastGRPOConfig(**settings), GRPOConfig(**settings)
+    own = {field.name for field in fields(FastGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
+    assert own == {"micro_batching", "max_tokens_per_micro_batch", "eval_temperature"}
+    for field in fields(GRPOConfig):
+        if field.name not in ("logging_dir", "deepspeed_plugin"):
+            assert str(getattr(mine, field.name)) == str(getattr(trls, field.name)), field.name
+
+
+def test_it_has_nothing_of_e3(make_trainer):
+    seen = set()
+
+    class Spied(FastGRPOTrainer):
+        def _prepare_inputs(self, generation_batch):
+            if isinstance(generation_batch, list):
+                seen.update(name for row in generation_batch for name in row)
+            return super()._prepare_inputs(generation_batch)
+
+    trainer = make_trainer(Spied, max_steps=5)
+    trainer.train()
+    assert seen == {"prompt", "threshold"}
+    assert not Path(trainer.args.output_dir, "rollouts.jsonl").exists()
+    names = {name for entry in trainer.state.log_history for name in entry}
+    assert not [name for name in names if name.startswith(("rollouts/", "target_"))]
+    assert trainer._name == "GRPO"
+
+
+@pytest.mark.parametrize("data", ["dataset", "stream"])
+def test_prompts_come_in_trls_order_pass_for_pass(make_trainer, data):
+    seen = {GRPOTrainer: [], FastGRPOTrainer: []}
+
+    def order(trainer_class):
+        def reward(prompts, completions, **kwargs):
+            seen[trainer_class].append(list(prompts))
+            return [float(len(completion)) for completion in completions]
+
+        dataset = make_dataset() if data == "dataset" else make_dataset().to_iterable_dataset()
+        make_trainer(trainer_class, reward_funcs=reward, train_dataset=dataset, max_steps=9).train()
+        return seen[trainer_class]
+
+    assert order(FastGRPOTrainer) == order(GRPOTrainer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.1, "num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        # inside a generation window that spans several optimizer steps
+        {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_number_for_number(make_trainer, settings):
+    """In its second pass, of whose order TRL's sampler knows nothing after a resume."""
+    settings |= {"save_strategy": "steps", "save_steps": 7, "max_steps": 12}
+    whole = make_trainer(FastGRPOTrainer, output_dir="whole", **settings)
+    whole.train()
+    resumed = make_trainer(FastGRPOTrainer, output_dir="resumed", **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-7")
+    for name in ("loss", "reward", "entropy", "grad_norm", "completions/mean_length"):
+        assert logged(resumed, name) == logged(whole, name), name
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_reward_function_that_raises_costs_nothing(make_trainer):
+    def reward(completions, threshold, trainer_state, **kwargs):
+        if trainer_state.global_step == 3:
+            raise KeyError("no such answer")
+        return vowel_reward(completions, threshold)
+
+    trainer = make_trainer(FastGRPOTrainer, reward_funcs=reward, max_steps=6)
+    with pytest.raises(RewardError, match="'reward' raised KeyError.*it goes on after step 3, which is saved"):
+        trainer.train()
+    trainer = make_trainer(FastGRPOTrainer, max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+
+
+def test_an_evaluation_has_its_temperature_and_pass_at_k(make_trainer):
+    settings = {"eval_dataset": make_dataset(5), "per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer = make_trainer(FastGRPOTrainer, eval_temperature=0.7, **settings)
+    trainer.temperature = 1.4
+    metrics = trainer.evaluate()
+    assert logged(trainer, "eval_temperature") == [0.7]
+    assert trainer.temperature == 1.4
+    assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
+    assert trainer.evaluation is None
+
+
+def test_log_probs_are_those_of_the_temperature_that_is_set(make_trainer):
+    """TRL bakes the one that it begins with into the LM head."""
+    trainer = make_trainer(FastGRPOTrainer, max_steps=1, learning_rate=0.0)
+    trainer.temperature = 0.5
+    trainer.train()
+    entropies, total = 0.0, 0
+    for rows in trainer._buffered_inputs:
+        for part in (rows, rows.get("left_out", {})):
+            if "completion_ids" in part:
+                ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+                mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+                width = part["completion_ids"].size(1)
+                with torch.no_grad():
+                    logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
+                logps = (logits / 0.5).log_softmax(-1)
+                entropy = -(logps.exp() * logps).sum(-1)
+                entropies += (entropy * part["completion_mask"]).sum().item()
+                total += part["completion_mask"].sum().item()
+    assert logged(trainer, "entropy") == pytest.approx([entropies / total], rel=1e-4)
+
+
+def test_another_config_is_refused_by_name(make_trainer, tmp_path):
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="args is a GRPOConfig. Use FastGRPOConfig"):
+        FastGRPOTrainer("no/such/model", vowel_reward, config, make_dataset())
+
+
+def test_e3s_config_trains_without_e3(make_trainer):
+    """A recipe's settings of E3 are then without effect, so the command refuses them."""
+    trainer = make_trainer(FastGRPOTrainer, E3GRPOConfig, max_steps=2)
+    trainer.train()
+    assert trainer.temperature == 1.0

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from e3_trl import DifficultyTracker, group_advantages, read_rollouts
 from e3_trl.method.budget_rules import (
     Bounds,
+    capability_rollouts,
     commit_rollouts,
     knapsack_rollouts,
     load_rule,
@@ -94,6 +95,18 @@ def test_what_cannot_teach_gets_the_least_and_what_is_not_known_the_mean(rule):
         rule([0.5], 8, 1, 12)
 
 
+@given(rates, bounds, st.floats(0, 1) | st.just(NAN))
+def test_by_capability_sum_and_bounds_hold_and_a_good_policy_gets_harder_prompts(rates, bounds, mean):
+    minimum, up, further = bounds
+    limits = minimum + up, minimum, minimum + up + further
+    budgets = capability_rollouts(rates, mean, *limits)
+    assert budgets.sum() == len(rates) * limits[0]
+    assert (budgets.min() >= minimum, budgets.max() <= limits[2]) == (True, True)
+    weak, strong = (capability_rollouts([0.9, 0.1], known, 8, 4, 12) for known in (0.1, 0.9))
+    assert (weak.tolist(), strong.tolist()) == ([12, 4], [4, 12])
+    assert capability_rollouts([NAN] * 3, NAN, 8, 4, 12).tolist() == [8, 8, 8]
+
+
 @given(rates, bounds, st.integers(1, 16))
 def test_a_pilot_and_what_follows_it(rates, bounds, num_processes):
     """Both parts can be shared evenly where the batch can, and the rest is for those that were not always right."""
@@ -153,7 +166,7 @@ def of_old(success_rate, num_generations, num_generations_min, num_generations_m
     """What a rule was before it got statistics."""
 
 
-@pytest.mark.parametrize("name", ["variance", "knapsack", "test_budget_rules.more_for_the_easy"])
+@pytest.mark.parametrize("name", ["variance", "knapsack", "coba", "test_budget_rules.more_for_the_easy"])
 def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make_trainer, name):
     trainer = make_trainer(rollout_allocation=name)
     trainer.train()

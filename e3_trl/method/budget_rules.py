@@ -88,6 +88,49 @@ def knapsack_rollouts(
     return _most_valuable(success_rate, gained, num_generations, num_generations_min, num_generations_max)
 
 
+def capability_rollouts(
+    success_rate: np.ndarray,
+    mean_success_rate: float,
+    num_generations: int,
+    num_generations_min: int,
+    num_generations_max: int,
+) -> np.ndarray:
+    r"""
+    Rollouts of the greatest total value, where \\( n \\) of a prompt are worth
+    \\( \left( 1 - e^{-n / (\tau p (1 - p))} \right) Beta(p; \alpha, \beta) \\), with
+    \\( \alpha = 1 + 5 F, \beta = 7 - \alpha \\) and \\( F \\) the run's mean failure rate: while the policy fails
+    often, prompts that it mostly solves are worth most, and later the hard ones (CoBA-RL,
+    https://huggingface.co/papers/2602.03048).
+
+    Differs from its released code, which has other tables for \\( p < 0.05 \\) and \\( p > 0.99 \\) and another
+    exponent: here \\( p \\) is taken to lie in [0.01, 0.99], and \\( \tau = 4 G \\), with which a prompt of
+    \\( p = 1/2 \\) has had most of its worth after \\( G \\) rollouts. Until anything is known every prompt gets
+    \\( G \\). Sum, bounds, other arguments, return value and errors are as in [`minimum_variance_rollouts`].
+
+    Args:
+        mean_success_rate (`float`): of all prompts that the run has sampled, \\( 1 - F \\); NaN = none.
+
+    Example:
+
+    ```python
+    >>> capability_rollouts([0.9, 0.5, 0.1, 0.02], 0.2, 8, 4, 12)
+    array([12, 12,  4,  4])
+    >>> capability_rollouts([0.9, 0.5, 0.1, 0.02], 0.9, 8, 4, 12)
+    array([ 4,  7, 12,  9])
+
+    ```
+    """
+    alpha = 1 + 5 * (1 - (0.5 if np.isnan(mean_success_rate) else mean_success_rate))
+
+    def gained(p_P1: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+        p_P1 = p_P1.clip(0.01, 0.99)
+        rate_P1 = 1 / (4 * num_generations * p_P1 * (1 - p_P1))
+        saturation_PN = np.exp(-(n_N - 1) * rate_P1) - np.exp(-n_N * rate_P1)
+        return saturation_PN * p_P1 ** (alpha - 1) * (1 - p_P1) ** (6 - alpha)
+
+    return _most_valuable(success_rate, gained, num_generations, num_generations_min, num_generations_max)
+
+
 def pilot_rollouts(num_prompts: int, num_generations_min: int, num_processes: int = 1) -> np.ndarray:
     """
     The first part of a batch's rollouts: of each prompt the minimum, and of the first ones another where the processes
@@ -186,6 +229,7 @@ RULES: dict[str, Rule] = {
     "rank": lambda stats, bounds: allocate_rollouts(stats.difficulty, *bounds),
     "variance": lambda stats, bounds: minimum_variance_rollouts(stats.success_rate, *bounds),
     "knapsack": lambda stats, bounds: knapsack_rollouts(stats.success_rate, *bounds),
+    "coba": lambda stats, bounds: capability_rollouts(stats.success_rate, stats.mean_success_rate, *bounds),
 }
 # Those that go on from the first rewards of the batch.
 ROUND_RULES: dict[str, Rule] = {"pilot": equal_rollouts}

@@ -1,14 +1,19 @@
-"""One rank of a run under `accelerate launch`: `ranks_run.py '{"model_path": ..., "output_dir": ..., ...}'`."""
+"""
+One rank of several runs under `accelerate launch`, one after another in the same processes, which take long to start:
+`ranks_run.py '[{"model_path": ..., "output_dir": ..., ...}, ...]'`.
+"""
 
 import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import conftest
 import numpy as np
 import safetensors.torch
+from accelerate import PartialState
 from conftest import build_trainer, trained_rows
 from transformers import TrainerCallback
 
@@ -70,13 +75,12 @@ def save_weights(trainer):
         safetensors.torch.save_file(weights, Path(trainer.args.output_dir) / "weights.safetensors")
 
 
-if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    resume, kill_at, forced = (settings.pop(name, None) for name in ("resume", "kill_at", "forced"))
-    if "reward_funcs" in settings:
-        settings["reward_funcs"] = [getattr(conftest, name) for name in settings["reward_funcs"]]
-    if "eval_prompts" in settings:
-        settings["eval_dataset"] = conftest.make_dataset(settings.pop("eval_prompts"))
+def run(resume=None, kill_at=None, forced=False, eval_prompts=None, reward_funcs=(), **settings):
+    """Train, evaluate where there is something to evaluate on, and write what the tests compare."""
+    if reward_funcs:
+        settings["reward_funcs"] = [getattr(conftest, name) for name in reward_funcs]
+    if eval_prompts is not None:
+        settings["eval_dataset"] = conftest.make_dataset(eval_prompts)
     trainer = build_trainer(settings.pop("model_path"), settings.pop("output_dir"), use_cpu=False, **settings)
     if forced:
         force_completions(trainer)
@@ -90,7 +94,23 @@ if __name__ == "__main__":
         if trainer.accelerator.is_main_process:
             (Path(trainer.args.output_dir) / "eval.json").write_text(json.dumps(metrics))
     trainer.accelerator.wait_for_everyone()  # as recipes/train.py does
-    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    for settings in json.loads(sys.argv[1]):
+        folder, rank = Path(settings["output_dir"]), os.environ["RANK"]
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{folder} begins", file=sys.stderr, flush=True)
+        is_refused = settings.pop("is_refused", False)
+        try:
+            run(**settings)
+        except ValueError:
+            if not is_refused:
+                raise
+            # All ranks refuse it, and have trained nothing: the next run may follow.
+            (folder / f"refused{rank}.txt").write_text(traceback.format_exc())
+        (folder / f"ended{rank}").touch()
+    PartialState().destroy_process_group()
     # Everything is written. gloo's threads drop the tensors that DeepSpeed gathered last when they come to it; one
     # that does so while the interpreter ends, on a busy machine, aborts the process.
     sys.stdout.flush()

@@ -1,4 +1,6 @@
-"""`e3-trl evaluate`, and the sampling and scoring that it shares with `e3-trl prepare-data`."""
+"""
+`e3-trl evaluate`, and the sampling and scoring that it shares with `e3-trl prepare-data`. With vLLM: test_vllm.py.
+"""
 
 import importlib.util
 import json
@@ -379,21 +381,3 @@ def test_bare_answers_are_scored_as_formulas(tmp_path, answer, written):
     problems = {"prompt": ["?"], "solution": [mark_answer(answer)]}
     rewards = score_completions(problems, rows, tmp_path / "rewards.jsonl", SamplingConfig(num_samples=3))
     assert rewards.tolist() == [[1.0, 0.0, 0.0]]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make install` brings it")
-def test_vllm_samples_and_goes_on(model_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
-    sampler = CompletionSampler(model_path, [problem["problem"] for problem in PROBLEMS], config)
-    path = tmp_path / "completions.jsonl"
-    rows = sampler.sample(0, path)
-    whole = path.read_bytes()
-    for row in rows:
-        assert len(set(row["completions"])) == 4, "copies differ"
-        check_lengths(row["completions"], row["tokens"], row["truncated"])
-    assert len({cut for row in rows for cut in row["truncated"]}) == 2
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    assert sampler.sample(0, path) == rows
-    assert path.read_bytes() == whole
-    assert sampler.sample(1, tmp_path / "other.jsonl") != rows

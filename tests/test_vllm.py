@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
+from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig
 from e3_trl.grpo import vllm as e3_vllm
 
 
@@ -28,17 +29,35 @@ VLLM = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_cache(monkeypatch):
-    """1 GiB, which vLLM would keep for as long as the process lives, engine after engine."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    engines, start = [], vllm_generation.LLM
-    monkeypatch.setattr(vllm_generation, "LLM", lambda **kwargs: engines.append(start(**kwargs)) or engines[-1])
-    yield
-    for engine in (llm.llm_engine for llm in engines):
+@pytest.fixture(scope="module")
+def engines():
+    """The engines of this file's tests, by what they were started with."""
+    engines = {}
+    yield engines
+    # vLLM would keep their caches for as long as the process lives.
+    for engine in (llm.llm_engine for llm in engines.values()):
         engine.model_executor.driver_worker.model_runner.kv_caches.clear()
         for layer in engine.vllm_config.compilation_config.static_forward_context.values():
             layer.kv_cache = None
+
+
+@pytest.fixture(autouse=True)
+def one_engine_of_a_kind(monkeypatch, engines):
+    """
+    To start an engine takes longer than what most tests do with it. So trainers that would start the same one get the
+    same one, after each other: each brings its weights before the first completion.
+    """
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    start = vllm_generation.LLM
+
+    def engine(**settings):
+        kind = tuple(sorted(settings.items()))
+        if kind not in engines:
+            engines[kind] = start(**settings)
+        vars(engines[kind]).pop("generate", None)  # what the trainer before has put in its place
+        return engines[kind]
+
+    monkeypatch.setattr(vllm_generation, "LLM", engine)
 
 
 def record_requests(trainer) -> list[list[tuple[tuple[int, ...], int, float, int]]]:
@@ -73,7 +92,10 @@ def record_texts(trainer) -> list[str]:
 
 @pytest.fixture
 def float32_engine(monkeypatch):
-    """vLLM takes float32 models down to bfloat16 unless it is told otherwise, which TRL does not offer."""
+    """
+    vLLM takes float32 models down to bfloat16 unless it is told otherwise, which TRL does not offer. Tests to which
+    the type is all the same ask for it too, since that engine is there.
+    """
     monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, dtype="float32"))
 
 
@@ -88,7 +110,6 @@ def test_each_prompt_gets_its_own_number_of_completions_at_the_live_temperature(
         num_generations=16,
         num_generations_max=32,
         num_generations_step=8,
-        vllm_request_seeds=dtype == "float32",
         temperature_target_entropy=3.55,
         learning_rate=3e-3,
     )
@@ -99,22 +120,19 @@ def test_each_prompt_gets_its_own_number_of_completions_at_the_live_temperature(
     for call, batch in zip(calls, batches, strict=True):
         assert [n for _, n, _, _ in call] == [row["rollouts"] for row in batch]
         assert {temperature for _, _, temperature, _ in call} == {batch[0]["temperature"]}
-        assert len({seed for *_, seed in call}) == (len(call) if dtype == "float32" else 1)
+        assert len({seed for *_, seed in call}) == 1
     assert len({n for call in calls for _, n, _, _ in call}) > 1
     temperatures = logged(trainer, "temperature")
     assert temperatures[-1] > 1.2 * temperatures[0]
     assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 12, abs=0.01)
 
 
-@pytest.mark.parametrize("request_seeds", [False, True])
-def test_a_pilot_is_two_calls_with_a_temperature_for_each_prompt(make_trainer, float32_engine, request_seeds):
+def test_a_pilot_is_two_calls_with_a_temperature_for_each_prompt(make_trainer, float32_engine):
     """And the engine's log-probs are those that training computes at that temperature."""
     trainer = make_trainer(
         **VLLM,
         rollout_allocation="pilot",
-        rerank_every=2,
         temperature_spread=1.5,
-        vllm_request_seeds=request_seeds,
         max_steps=6,
     )
     calls = record_requests(trainer)
@@ -150,9 +168,9 @@ def test_log_probs_agree_after_large_updates(make_trainer, float32_engine, peft_
     )
 
 
-@pytest.mark.parametrize("request_seeds", [False, True])
-def test_a_resumed_run_draws_the_same_completions(make_trainer, request_seeds):
-    settings = {**VLLM, "vllm_request_seeds": request_seeds, "save_strategy": "steps", "save_steps": 6}
+def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine):
+    """Whatever its engine has drawn before; tests/test_zero3.py resumes with new ones."""
+    settings = {**VLLM, "save_strategy": "steps", "save_steps": 6}
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
     resumed = make_trainer(output_dir="resumed", **settings)
@@ -163,10 +181,9 @@ def test_a_resumed_run_draws_the_same_completions(make_trainer, request_seeds):
     assert logged(resumed, "reward") == logged(whole, "reward")
 
 
-@pytest.mark.parametrize("request_seeds", [False, True])
-def test_copies_of_a_prompt_differ(make_trainer, request_seeds):
+def test_copies_of_a_prompt_differ(make_trainer, float32_engine):
     """One seed for a whole request would draw the same completion n times."""
-    trainer = make_trainer(**VLLM, vllm_request_seeds=request_seeds, max_steps=1)
+    trainer = make_trainer(**VLLM, max_steps=1)
     trainer.train()
     rows = Counter(
         row
@@ -199,15 +216,12 @@ EVALUATION = {
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
-@pytest.mark.parametrize("request_seeds", [False, True])
-def test_an_evaluation_is_one_engine_call_and_every_call_has_seeds_of_its_own(
-    make_trainer, call_seeds, request_seeds, stream
+def test_an_evaluation_is_one_engine_call_and_every_call_has_a_seed_of_its_own(
+    make_trainer, float32_engine, call_seeds, stream
 ):
     """With a stream every batch after the first evaluation had one same seed, or was an IndexError."""
     settings = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_allocation": "uniform"}
-    trainer = make_trainer(
-        **VLLM, **EVALUATION, **settings if stream else {}, vllm_request_seeds=request_seeds, max_steps=3
-    )
+    trainer = make_trainer(**VLLM, **EVALUATION, **settings if stream else {}, max_steps=3)
     calls = record_requests(trainer)
     syncs, sync_weights = [], trainer.vllm_generation.sync_weights
     trainer.vllm_generation.sync_weights = lambda: (syncs.append(trainer.state.global_step), sync_weights())
@@ -216,8 +230,7 @@ def test_an_evaluation_is_one_engine_call_and_every_call_has_seeds_of_its_own(
     assert [len(call) for call in calls] == [4, 12] * 3
     assert all(n == 2 for call in calls[1::2] for _, n, _, _ in call)
     assert [temperature for call in calls[1::2] for _, _, temperature, _ in call] == [1.0] * 36
-    seeds = [seed for call in calls for *_, seed in call] if request_seeds else call_seeds
-    assert len(set(seeds)) == len(seeds) == (48 if request_seeds else 6)
+    assert len(set(call_seeds)) == len(call_seeds) == 6
     assert len(logged(trainer, "eval_pass@2")) == 3
     assert syncs == [0, 1, 2, 3]
     assert trainer.vllm_generation._seeds is None, "no seed outlives its round"
@@ -231,7 +244,7 @@ def test_an_evaluation_in_one_call_scores_each_prompt_with_its_own_completions(m
     assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
 
 
-def test_tokens_are_turned_into_text_only_where_it_is_read(make_trainer):
+def test_tokens_are_turned_into_text_only_where_it_is_read(make_trainer, float32_engine):
     """The completions are the same; a function before the engine, which may read it, gets the text."""
     completions, texts = [], []
 
@@ -268,7 +281,7 @@ def test_tokens_are_turned_into_text_only_where_it_is_read(make_trainer):
     ],
     ids=["stop", "bad_words", "regex"],
 )
-def test_text_that_stops_or_constrains_is_made(make_trainer, settings, written):
+def test_text_that_stops_or_constrains_is_made(make_trainer, float32_engine, settings, written):
     """vLLM refuses stop strings without it."""
     trainer = make_trainer(**VLLM, generation_kwargs=settings, max_steps=1)
     texts = record_texts(trainer)
@@ -285,7 +298,7 @@ def test_text_that_stops_or_constrains_is_made(make_trainer, settings, written):
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-def test_a_rollout_function_that_asks_in_trls_form_may_read_the_text(make_trainer):
+def test_a_rollout_function_that_asks_in_trls_form_may_read_the_text(make_trainer, float32_engine):
     read = []
 
     def rollout(prompts, trainer):
@@ -310,8 +323,7 @@ def test_a_rollout_function_that_asks_in_trls_form_may_read_the_text(make_traine
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-@pytest.mark.parametrize("request_seeds", [False, True])
-def test_two_calls_of_a_rollout_function_draw_different_completions(make_trainer, request_seeds):
+def test_two_calls_of_a_rollout_function_draw_different_completions(make_trainer, float32_engine):
     """The seeds of the first call stayed for the second: 16 of 16 completions were the same."""
     drawn = []
 
@@ -325,14 +337,14 @@ def test_two_calls_of_a_rollout_function_draw_different_completions(make_trainer
             "logprobs": [[token[0] for token in row] for row in second[2]],
         }
 
-    trainer = make_trainer(**VLLM, rollout_func=rollout, vllm_request_seeds=request_seeds, max_steps=2)
+    trainer = make_trainer(**VLLM, rollout_func=rollout, max_steps=2)
     trainer.train()
     assert sum(a == b for first, second in drawn for a, b in zip(first, second, strict=True)) < 4
     assert drawn[0][0] != drawn[1][0]
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
-def test_what_a_rollout_function_asks_the_engine_for_is_left_as_it_is(make_trainer):
+def test_what_a_rollout_function_asks_the_engine_for_is_left_as_it_is(make_trainer, float32_engine):
     """Requests for several completions were turned into requests for one."""
 
     def rollout(prompts, trainer):
@@ -384,6 +396,7 @@ def test_the_health_of_the_engine_is_logged_without_the_correction_too(make_trai
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
 
     trainer = make_trainer(**VLLM, vllm_importance_sampling_correction=False, learning_rate=0.1, max_steps=3)
+    trainer.vllm_generation.sync_weights()  # the engine had those of the trainer before
     trainer.vllm_generation.sync_weights = lambda: None
     trainer.train()
     assert logged(trainer, "sampling/sampling_logp_difference/mean")[2] > 0.05, "stale weights show"
@@ -425,8 +438,22 @@ def test_without_a_length_the_models_own_context_counts(make_trainer, no_engine)
         make_trainer(**settings)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, request seeds go with chunked prefill")
-def test_request_seeds_for_lengths_that_would_wait_for_ever(make_trainer, no_engine):
-    settings = VLLM | {"vllm_max_model_length": 8192, "max_completion_length": 4096, "vllm_request_seeds": True}
-    with pytest.raises(ValueError, match="vllm_request_seeds is True.*at most 4096 tokens.*Set it to False"):
-        make_trainer(**settings)
+def test_an_evaluation_of_a_saved_model_goes_on(model_path, tmp_path):
+    """What recipes/evaluate.py samples with; tests/test_evaluate.py has the rest of it."""
+    problems = [f"say {name}:" for name in "abcdef"]
+    config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
+    sampler = CompletionSampler(model_path, problems, config)
+    path = tmp_path / "completions.jsonl"
+    rows = sampler.sample(0, path)
+    whole = path.read_bytes()
+    for row in rows:
+        assert len(set(row["completions"])) == 4, "copies differ"
+        for text, length, cut_off in zip(row["completions"], row["tokens"], row["truncated"], strict=True):
+            # One token per character, but padding that was sampled is not in the text, nor is the token that ends it.
+            assert len(text) + (not cut_off) <= length <= 30
+            assert length == 30 or not cut_off
+    assert len({cut for row in rows for cut in row["truncated"]}) == 2
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert sampler.sample(0, path) == rows
+    assert path.read_bytes() == whole
+    assert sampler.sample(1, tmp_path / "other.jsonl") != rows

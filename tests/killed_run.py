@@ -1,9 +1,15 @@
-"""Train in a process of its own and die by SIGKILL: `python killed_run.py '{"model_path": ..., "kill_at": 5}'`."""
+"""
+Runs that die by SIGKILL, each in a process of its own, which is forked from this one because the imports take long.
+
+A line on stdin says what to train, `{"model_path": ..., "output_dir": ..., "kill_at": 5}`; a line on stdout, as what
+the run has ended. What it printed is in `<output_dir>.log`.
+"""
 
 import json
 import os
 import signal
 import sys
+import traceback
 
 from conftest import build_trainer
 from transformers import TrainerCallback
@@ -18,10 +24,8 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    kill_at, while_saving = settings.pop("kill_at"), settings.pop("while_saving", False)
-    trainer = build_trainer(settings.pop("model_path"), settings.pop("output_dir"), **settings)
+def run(model_path, output_dir, kill_at, while_saving=False, **settings):
+    trainer = build_trainer(model_path, output_dir, **settings)
     trainer.add_callback(Kill(kill_at, while_saving))
     if while_saving:
         save = trainer._save_rng_state
@@ -33,3 +37,20 @@ if __name__ == "__main__":
 
         trainer._save_rng_state = die
     trainer.train()
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        settings = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            log = os.open(f"{settings['output_dir']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                run(**settings)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)

@@ -31,14 +31,24 @@ MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "tra
 WINDOW = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
 
 
-def kill(model_path, output_dir, **settings):
-    command = [
-        sys.executable,
-        "killed_run.py",
-        json.dumps({"model_path": model_path, "output_dir": str(output_dir)} | settings),
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+@pytest.fixture(scope="module")
+def kill(model_path):
+    """Train in another process, which dies by SIGKILL."""
+    with subprocess.Popen(
+        [sys.executable, "killed_run.py"],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def train(output_dir, **settings):
+            settings = {"model_path": model_path, "output_dir": str(output_dir)} | settings
+            print(json.dumps(settings), file=process.stdin, flush=True)
+            ended_as = process.stdout.readline().strip()
+            assert ended_as == str(-signal.SIGKILL), Path(f"{output_dir}.log").read_text()
+
+        yield train
 
 
 def assert_same_run(resumed, whole):
@@ -64,8 +74,7 @@ def assert_same_run(resumed, whole):
         (7, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}),
         # a rule by success rate, with older rollouts counting less: in force is what was counted when the pass began
         (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
-        # ranks that change inside a pass, and a temperature for each
-        (8, {"success_decay": 0.5, "temperature_spread": 0.5}),
+        (8, {"success_decay": 0.5, "temperature_spread": 0.5}),  # a temperature for each
         (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
@@ -75,11 +84,11 @@ def assert_same_run(resumed, whole):
     ],
     ids=str,
 )
-def test_a_killed_run_goes_on_number_for_number(make_trainer, model_path, tmp_path, kill_at, settings):
+def test_a_killed_run_goes_on_number_for_number(make_trainer, kill, tmp_path, kill_at, settings):
     settings = {"save_strategy": "steps", "save_steps": 2, **settings}
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
-    kill(model_path, tmp_path / "killed", kill_at=kill_at, **settings)
+    kill(tmp_path / "killed", kill_at=kill_at, **settings)
     resumed = make_trainer(output_dir="killed", **settings)
     resumed.train(resume_from_checkpoint=True)
     first = kill_at - (kill_at - 1) % settings["save_steps"]
@@ -92,11 +101,11 @@ def rows(trainer):
     return [json.loads(line) for line in (Path(trainer.args.output_dir) / "rollouts.jsonl").read_text().splitlines()]
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, model_path, tmp_path):
+def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, kill, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
-    kill(model_path, tmp_path / "killed", kill_at=6, while_saving=True, **settings)
+    kill(tmp_path / "killed", kill_at=6, while_saving=True, **settings)
     assert (tmp_path / "killed" / "checkpoint-6" / "run_state.json").exists()
     resumed = make_trainer(output_dir="killed", **settings)
     resumed.train(resume_from_checkpoint=True)

@@ -16,9 +16,9 @@ from hub_server import READ, WRITE, Hub
 from huggingface_hub import ModelCard, constants
 from trl import ModelConfig
 
-from e3_trl import E3GRPOConfig
+from e3_trl import E3GRPOConfig, cli
+from e3_trl.commands import train
 from e3_trl.commands.prepare_data import push as push_dataset
-from e3_trl.commands.train import E3ScriptArguments, main
 from e3_trl.runs.publishing import HubError, complete_model_card, publish
 from e3_trl.scrub import without_secrets
 
@@ -45,12 +45,13 @@ def here(hub, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
-def run(hub, tmp_path, token, *command):
+def run(hub, tmp_path, *command):
+    """Run it in a process of its own, where nobody is logged in."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": token or "",
+        "HF_TOKEN": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
@@ -59,7 +60,7 @@ def run(hub, tmp_path, token, *command):
     )
 
 
-def train(hub, tmp_path, token, model_path):
+def write_recipe(tmp_path, token, model_path) -> str:
     make_dataset().to_json(tmp_path / "train.jsonl")
     fields = {
         "model_init_kwargs": {"token": SECRET},
@@ -84,7 +85,7 @@ def train(hub, tmp_path, token, model_path):
         "use_cpu": True,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    return run(hub, tmp_path, None, "recipes/train.py", "--config", str(tmp_path / "recipe.yaml"))
+    return str(tmp_path / "recipe.yaml")
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def folder(make_trainer, tmp_path):
 
 
 def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
-    done = train(hub, tmp_path, WRITE, model_path)
+    done = run(hub, tmp_path, "recipes/train.py", "--config", write_recipe(tmp_path, WRITE, model_path))
     assert done.returncode == 0, done.stderr
     files = hub.repos[REPO]
     assert files.keys() >= {
@@ -134,7 +135,7 @@ def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
         f"t = T.from_pretrained('{REPO}'); m = M.from_pretrained('{REPO}'); i = t('say a0:', return_tensors='pt');"
         "print(m.generate(**i, min_new_tokens=3, max_new_tokens=3).shape[1] - i['input_ids'].shape[1])"
     )
-    done = run(hub, tmp_path, None, "-c", load)
+    done = run(hub, tmp_path, "-c", load)
     assert done.stdout.strip() == "3", done.stderr
 
 
@@ -202,24 +203,21 @@ def test_what_names_a_secret_and_what_does_not():
 def test_no_token_is_noticed_before_anything_is_read(here):
     training_args = E3GRPOConfig("run", push_to_hub=True, use_cpu=True, bf16=False)
     with pytest.raises(HubError, match="hf auth login"):
-        main(E3ScriptArguments(dataset_name="none.parquet"), training_args, ModelConfig("no_model"))
+        train.main(train.E3ScriptArguments(dataset_name="none.parquet"), training_args, ModelConfig("no_model"))
 
 
-def test_an_upload_that_breaks_off_loses_nothing(hub, model_path, tmp_path):
+def test_an_upload_that_breaks_off_loses_nothing(hub, here, model_path, tmp_path, monkeypatch):
     # Enough for the saves, which transformers pushes in the background and without a word if that fails, and the end.
     hub.failures = 9 * [("POST", "/commit/", "drop")]
-    done = train(hub, tmp_path, WRITE, model_path)
-    assert done.returncode != 0
-    assert "complete on disk" in done.stderr
-    assert "make push MODEL=" in done.stderr
+    with pytest.raises(HubError, match="(?s)complete on disk.*make push MODEL="):
+        train.run(["--config", write_recipe(tmp_path, WRITE, model_path)])
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert hub.commits == []
     hub.failures.clear()
     sent = len(hub.uploads)
     (tmp_path / "report.json").write_text('{"benchmarks": {"AIME 2024": {"pass@k": {"1": 0.25}}}}')
-    evaluation = ["--evaluation", str(tmp_path)]
-    done = run(hub, tmp_path, WRITE, "-m", "e3_trl.cli", "push", str(tmp_path / "run"), *evaluation)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    cli.main(["push", str(tmp_path / "run"), "--evaluation", str(tmp_path)])
     assert "| AIME 2024 | 25.00 | 1 |" in hub.repos[REPO]["README.md"].decode()
     assert json.loads(hub.repos[REPO]["report.json"])["step"] == 4
     assert "model.safetensors" in hub.repos[REPO]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 FIGURES = {"entropy", "temperature", "budgets", "all_wrong", "all_wrong_difference", "reward", "pass_at_k"}
 
 
-def run(folder, *command):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+def run(folder, *command, **environment):
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | environment
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -30,16 +32,43 @@ def run(folder, *command):
     return done.stdout
 
 
-def test_prepares_trains_and_reports(tmp_path):
-    run(tmp_path, "recipes.quickstart.prepare", "--steps", "20")
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The folder that `make quickstart` runs in, with a base model that was taught for less long."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    run(folder, "recipes.quickstart.prepare", "--steps", "20")
+    return folder
+
+
+@pytest.fixture
+def run_here(prepared, monkeypatch, capsys):
+    """Run a module or a script as `python` does, without another process, which would import everything anew."""
+
+    def run_here(name, *arguments):
+        monkeypatch.chdir(prepared)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def launched(prepared):
+    """And the run that is launched there first."""
     launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
-    for name in ("e3", "grpo"):
-        config = f"{ROOT}/recipes/quickstart/config_{name}.yaml"
-        run(tmp_path, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
-    table = run(tmp_path, "recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
+    config = f"{ROOT}/recipes/quickstart/config_e3.yaml"
+    run(prepared, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
+    return prepared
+
+
+def test_trains_and_reports(launched, run_here):
+    config = f"{ROOT}/recipes/quickstart/config_grpo.yaml"
+    run_here(f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
+    table = run_here("recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
     assert "pass@16" in table
     assert "Most frequent answers of 64" in table
-    folder = tmp_path / "outputs" / "quickstart"
+    folder = launched / "outputs" / "quickstart"
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
     report = json.loads((folder / "report.json").read_text())
     assert report.keys() >= {"before", "quickstart", "grpo"}
@@ -48,15 +77,21 @@ def test_prepares_trains_and_reports(tmp_path):
     assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}
     assert report["answers"].keys() == {"before", "quickstart", "grpo"}
     assert set(report["answers"]["before"]) == set(RuleTask.levels)
-    base = json.loads((tmp_path / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
+    base = json.loads((launched / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
     assert base["benchmarks"]["held-out problems"]["pass@k"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
+
+
+def test_no_problem_is_both_trained_on_and_tested(prepared):
     train, test = (
-        {json.loads(line)["prompt"] for line in (tmp_path / f"outputs/quickstart-base/{name}.jsonl").open()}
+        {json.loads(line)["prompt"] for line in (prepared / f"outputs/quickstart-base/{name}.jsonl").open()}
         for name in ("train", "test")
     )
     assert (len(train), len(test)) == (432, 192)
     assert not train & test
-    assert "is there already" in run(tmp_path, "recipes.quickstart.prepare")
+
+
+def test_a_base_model_is_not_made_twice(run_here):
+    assert "is there already" in run_here("recipes.quickstart.prepare")
 
 
 def test_the_most_frequent_answers_are_shown_with_the_right_ones_marked():
@@ -75,17 +110,16 @@ if __name__ == "__main__":
 """
 
 
-def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
+def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
     if torch.cuda.is_available():
         pytest.skip("vLLM's build for GPUs does not run on a CPU, which this recipe is for")
-    run(tmp_path, "recipes.quickstart.prepare", "--steps", "20")
     launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
     launch += ["--main_process_port", "0"]
     config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"
-    run(tmp_path, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
-    folder = tmp_path / "outputs" / "quickstart-zero3-vllm"
+    run(prepared, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
+    folder = prepared / "outputs" / "quickstart-zero3-vllm"
     history = [
         entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
     ]
@@ -100,7 +134,8 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(tmp_path):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected.append(model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :].tolist())
     (tmp_path / "greedy.py").write_text(GREEDY)
-    assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder))
+    # Without a further process for the engine, which would import everything once more.
+    assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder), VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 def test_the_reward_takes_the_digits_alone():

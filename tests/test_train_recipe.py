@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -26,81 +27,88 @@ from e3_trl.runs.dashboards import DashboardCallback
 ROOT = Path(__file__).parent.parent
 
 
+def write_recipe(folder, model_path, **settings) -> str:
+    """Write data and a recipe to `folder`."""
+    folder.mkdir(exist_ok=True)
+    make_dataset().to_json(folder / "train.jsonl")
+    (folder / "data").mkdir()
+    make_dataset().to_parquet(folder / "data" / "train.parquet")
+    make_dataset(8).to_parquet(folder / "data" / "validation.parquet")
+    (folder / "data" / "report.json").write_text('{"not": "data"}')
+    fields = {
+        "model_name_or_path": model_path,
+        "dtype": "float32",
+        "dataset_name": str(folder / "train.jsonl"),
+        "reward_funcs": ["tests.conftest.vowel_reward"],
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "max_completion_length": 8,
+        "max_steps": 6,
+        "num_generations": 4,
+        "num_generations_max": 8,
+        "num_generations_min": 2,
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 16,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields | settings))
+    return str(path)
+
+
 @pytest.fixture
 def recipe(model_path, tmp_path):
-    """Write a recipe with these settings and return the command that trains it."""
-    make_dataset().to_json(tmp_path / "train.jsonl")
-    (tmp_path / "data").mkdir()
-    make_dataset().to_parquet(tmp_path / "data" / "train.parquet")
-    make_dataset(8).to_parquet(tmp_path / "data" / "validation.parquet")
-    (tmp_path / "data" / "report.json").write_text('{"not": "data"}')
-
-    def write(**settings):
-        fields = {
-            "model_name_or_path": model_path,
-            "dtype": "float32",
-            "dataset_name": str(tmp_path / "train.jsonl"),
-            "reward_funcs": ["tests.conftest.vowel_reward"],
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "max_completion_length": 8,
-            "max_steps": 6,
-            "num_generations": 4,
-            "num_generations_max": 8,
-            "num_generations_min": 2,
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 16,
-            "report_to": "none",
-            "use_cpu": True,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(fields | settings))
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-        return [*launch, "recipes/train.py", "--config", str(path)]
+    def write(**settings) -> str:
+        return write_recipe(tmp_path, model_path, **settings)
 
     return write
 
 
-def run(command, *arguments, **environment):
-    environment = os.environ | environment
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+def history(folder):
+    return json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
 
 
-def history(tmp_path):
-    return json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-
-
-def test_trains_saves_and_resumes(recipe, tmp_path):
-    command = recipe(save_strategy="steps", save_steps=2)
-    done = run(command, "--max_steps", "4", "--annealing_start", "0.5")
-    assert done.returncode == 0, done.stderr
-    assert len(history(tmp_path)) == 5
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 16
-    done = run(command, "--resume_from_checkpoint", "true")
-    assert done.returncode == 0, done.stderr
-    assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2, 3, 4, 5, 6]
-    done = run(command, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "elsewhere"))
-    assert "elsewhere (output_dir) holds no complete checkpoint" in done.stderr
-    assert "checkpoint. Unset it to start a new run.\n(E3_TRACEBACK=1 shows where.)" in done.stderr
-
-
-def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def launched(model_path, tmp_path_factory):
+    """A run by `accelerate launch` that has a bit of everything, since one takes long."""
+    folder = tmp_path_factory.mktemp("launched")
+    evaluation = {"dataset_test_split": "validation", "eval_strategy": "steps", "eval_steps": 7}
+    evaluation |= {"num_generations_eval": 1, "per_device_eval_batch_size": 4}
     dashboards = {"report_to": ["trackio", "tensorboard"], "project": "e3", "run_name": "first"}
-    data = {"dataset_name": str(tmp_path / "data"), "dataset_test_split": "validation"}
-    evaluation = {
-        "eval_strategy": "steps",
-        "eval_steps": 7,
-        "num_generations_eval": 1,
-        "per_device_eval_batch_size": 4,
-    }
-    command = recipe(logging_steps=2, max_steps=8, **dashboards, **data, **evaluation)
-    done = run(command, TRACKIO_DIR=str(tmp_path / "trackio"))
+    data = {"dataset_name": str(folder / "data")}
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    path = write_recipe(folder, model_path, logging_steps=2, **evaluation, **dashboards, **data, **saved)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "recipes/train.py"]
+    command += ["--config", path, "--max_steps", "8", "--annealing_start", "0.5"]
+    environment = os.environ | {"TRACKIO_DIR": str(folder / "trackio")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [row for row in read_rollouts(tmp_path / "run") if row["difficulty"] is not None]
+    return folder
+
+
+def test_trains_and_saves(launched):
+    assert [entry["step"] for entry in history(launched) if "loss" in entry] == [2, 4, 6, 8]
+    AutoModelForCausalLM.from_pretrained(launched / "run")
+    assert len((launched / "run" / "rollouts.jsonl").read_text().splitlines()) == 8 * 4
+
+
+def test_resumes(launched, recipe, tmp_path):
+    shutil.copytree(launched / "run", tmp_path / "run")
+    train.run(["--config", recipe(max_steps=10), "--resume_from_checkpoint", "true"])
+    assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [2, 4, 6, 8, 10]
+
+
+def test_a_folder_without_a_checkpoint_is_named(recipe, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        train.run(["--config", recipe(), "--resume_from_checkpoint", "true"])
+    assert f"{tmp_path / 'run'} (output_dir) holds no complete checkpoint" in ended.value.code
+    assert ended.value.code.endswith("checkpoint. Unset it to start a new run.\n(E3_TRACEBACK=1 shows where.)")
+
+
+def test_dashboards_get_budgets_and_figures(launched):
+    rows = [row for row in read_rollouts(launched / "run") if row["difficulty"] is not None]
     budgets = {6: [[] for _ in range(10)], 8: [[] for _ in range(10)]}  # of two steps each, by tenth of the difficulty
     for row in rows:
         budgets[6 if row["step"] < 7 else 8][math.ceil(10 * row["difficulty"] - 1e-9) - 1].append(row["rollouts"])
@@ -108,7 +116,7 @@ def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
     assert len(rows) == 16, "a pass of prompts with known difficulty"
     name = "train/rollouts/by_difficulty"
 
-    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    (folder,) = (launched / "run" / "runs").iterdir()
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
     histograms = {event.step: event.histogram_value for event in events.Histograms(name)}
@@ -116,11 +124,11 @@ def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
     for step, value in histograms.items():
         assert value.bucket == pytest.approx([0, *expected[step]])
     assert histograms[6].bucket_limit == pytest.approx(np.linspace(0, 1, 11))
-    drawn = {f"figures/{path.stem}" for path in (tmp_path / "run" / "figures").glob("*.png")}
+    drawn = {f"figures/{path.stem}" for path in (launched / "run" / "figures").glob("*.png")}
     assert drawn >= {"figures/entropy", "figures/temperature", "figures/budgets"}
     assert set(events.Tags()["images"]) == drawn
 
-    with sqlite3.connect(tmp_path / "trackio" / "e3.db") as database:
+    with sqlite3.connect(launched / "trackio" / "e3.db") as database:
         logged = [(step, json.loads(row)) for step, row in database.execute("SELECT step, metrics FROM metrics")]
     steps = [step for step, row in logged if "train/rollouts/max" in row]
     assert steps[:3] == [2, 4, 6], "the histograms have not shifted the metrics, as an evaluation does"
@@ -131,7 +139,7 @@ def test_dashboards_get_budgets_and_figures(recipe, tmp_path):
     (images,) = [row for _, row in logged if "figures/entropy" in row]
     assert drawn <= set(images)
     for figure in drawn:
-        assert (tmp_path / "trackio" / "media" / images[figure]["file_path"]).stat().st_size > 10_000
+        assert (launched / "trackio" / "media" / images[figure]["file_path"]).stat().st_size > 10_000
 
 
 def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(make_trainer, monkeypatch):
@@ -157,7 +165,7 @@ def test_what_cannot_be_sent_costs_nothing(make_trainer, monkeypatch, caplog):
 
 
 def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
-    command = recipe(
+    path = recipe(
         dataset_name=str(tmp_path / "data"),
         dataset_test_split="validation",
         eval_steps=3,
@@ -167,8 +175,7 @@ def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
         per_device_eval_batch_size=4,
         use_peft=True,
     )
-    done = run(command)
-    assert done.returncode == 0, done.stderr
+    train.run(["--config", path])
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert [entry["step"] for entry in history(tmp_path) if "eval_pass@1" in entry] == [3, 6]
 
@@ -197,13 +204,13 @@ def test_a_mistake_in_the_recipe_is_named(recipe, monkeypatch, settings, message
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(ValueError, match=message):
-        train.main(*train.make_parser().parse_args_and_config(recipe(**settings)[-2:]))
+        train.main(*train.make_parser().parse_args_and_config(["--config", recipe(**settings)]))
 
 
 def test_a_run_that_a_scheduler_ends_saves_and_says_so(recipe, tmp_path, capsys):
-    command = recipe(reward_funcs=["tests.conftest.reward_of_a_terminated_run"], save_strategy="no")
+    path = recipe(reward_funcs=["tests.conftest.reward_of_a_terminated_run"], save_strategy="no")
     with pytest.raises(SystemExit) as ended:
-        train.main(*train.make_parser().parse_args_and_config(command[-2:]))
+        train.main(*train.make_parser().parse_args_and_config(["--config", path]))
     assert ended.value.code == 143
     assert "SIGTERM: saved checkpoint-3" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint-3" / "e3_state.json").exists()

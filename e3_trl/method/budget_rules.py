@@ -116,7 +116,7 @@ def capability_rollouts(
     >>> capability_rollouts([0.9, 0.5, 0.1, 0.02], 0.2, 8, 4, 12)
     array([12, 12,  4,  4])
     >>> capability_rollouts([0.9, 0.5, 0.1, 0.02], 0.9, 8, 4, 12)
-    array([ 4,  7, 12,  9])
+    array([ 4, 12, 12,  4])
 
     ```
     """

@@ -4,6 +4,7 @@ import os
 import signal
 import string
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -78,6 +79,18 @@ def reward_that_fails_on_the_last_rank(completions, threshold, **kwargs):
     if kwargs["trainer_state"].global_step == 4 and os.environ["RANK"] == "1":
         raise KeyError("a")
     return vowel_reward(completions, threshold)
+
+
+def more_for_the_easy(stats, bounds):
+    """A user's rule: the minimum for the harder half, and what that leaves for the easier."""
+    budgets = np.full(len(stats.success_rate), bounds.num_generations)
+    pairs = np.argsort(-np.nan_to_num(stats.success_rate, nan=0.5), kind="stable")
+    mean, low, high = bounds
+    moved = min(mean - low, high - mean)
+    half = len(pairs) // 2
+    budgets[pairs[:half]] += moved
+    budgets[pairs[len(pairs) - half :]] -= moved
+    return budgets
 
 
 def save_tiny_model(path) -> str:

@@ -25,7 +25,7 @@ from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, sco
 from e3_trl.evaluation.problems import load_problems, mark_answer
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROBLEMS = [
     {"problem": f"say {name}:", "answer": str(index % 3), "source": "short" if index < 4 else "long"}
     for index, name in enumerate("abcdef")

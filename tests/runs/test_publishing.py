@@ -23,7 +23,7 @@ from e3_trl.runs.publishing import HubError, complete_model_card, publish
 from e3_trl.scrub import without_secrets
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REPO = "me/run"
 SECRET = "not-for-others"
 HF_TOKEN = "hf_" + "aB3" * 11

@@ -169,7 +169,7 @@ def test_log_probs_agree_after_large_updates(make_trainer, float32_engine, peft_
 
 
 def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine):
-    """Whatever its engine has drawn before; tests/test_zero3.py resumes with new ones."""
+    """Whatever its engine has drawn before; test_zero3.py resumes with new ones."""
     settings = {**VLLM, "save_strategy": "steps", "save_steps": 6}
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
@@ -439,7 +439,7 @@ def test_without_a_length_the_models_own_context_counts(make_trainer, no_engine)
 
 
 def test_an_evaluation_of_a_saved_model_goes_on(model_path, tmp_path):
-    """What recipes/evaluate.py samples with; tests/test_evaluate.py has the rest of it."""
+    """What `e3-trl evaluate` samples with; test_evaluate.py has the rest of it."""
     problems = [f"say {name}:" for name in "abcdef"]
     config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
     sampler = CompletionSampler(model_path, problems, config)

@@ -18,7 +18,7 @@ from recipes.quickstart.report import frequent
 from recipes.quickstart.task import LEVELS, RuleTask, answer_reward
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIGURES = {"entropy", "temperature", "budgets", "all_wrong", "all_wrong_difference", "reward", "pass_at_k"}
 
 

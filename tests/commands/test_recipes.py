@@ -24,7 +24,7 @@ from e3_trl.commands.prepare_data import PreparationArguments
 from e3_trl.commands.train import E3ScriptArguments
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/config_*.yaml"))
 PAPER = [path for path in RECIPES if "DeepSeek-R1-Distill" in path.parent.name]
 README = (ROOT / "recipes" / "README.md").read_text()

@@ -21,8 +21,8 @@ from e3_trl.evaluation.completions import CompletionSampler
 from e3_trl.evaluation.problems import mark_answer, normalize_problem, problem_text
 
 
-ROOT = Path(__file__).parent.parent
-PAPER_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[2]
+PAPER_DATA = Path(__file__).parents[3] / "shared" / "data"
 PROBLEMS = [
     {"problem": f"say {name}:", "answer": str(1 + index % 4), "source": "even" if index % 2 else "odd"}
     for index, name in enumerate("abcdefghijkl")

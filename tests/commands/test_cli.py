@@ -16,7 +16,7 @@ import e3_trl
 from e3_trl import __version__, cli
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command, cwd=ROOT, **environment):

@@ -142,18 +142,6 @@ def test_older_rollouts_count_less_and_a_prior_leaves_hope():
         DifficultyTracker(2, prior=-1)
 
 
-def more_for_the_easy(stats, bounds):
-    """A user's rule: the minimum for the harder half, and what that leaves for the easier."""
-    budgets = np.full(len(stats.success_rate), bounds.num_generations)
-    pairs = np.argsort(-np.nan_to_num(stats.success_rate, nan=0.5), kind="stable")
-    mean, low, high = bounds
-    moved = min(mean - low, high - mean)
-    half = len(pairs) // 2
-    budgets[pairs[:half]] += moved
-    budgets[pairs[len(pairs) - half :]] -= moved
-    return budgets
-
-
 def too_many(stats, bounds):
     return np.full(len(stats.success_rate), bounds.num_generations_max + 1)
 
@@ -166,7 +154,7 @@ def of_old(success_rate, num_generations, num_generations_min, num_generations_m
     """What a rule was before it got statistics."""
 
 
-@pytest.mark.parametrize("name", ["variance", "knapsack", "coba", "test_budget_rules.more_for_the_easy"])
+@pytest.mark.parametrize("name", ["variance", "knapsack", "coba", "conftest.more_for_the_easy"])
 def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make_trainer, name):
     trainer = make_trainer(rollout_allocation=name)
     trainer.train()
@@ -255,7 +243,7 @@ def test_a_rule_that_breaks_a_guarantee_is_named_at_its_first_batch(make_trainer
 
 
 def test_the_rule_that_the_documentation_shows_keeps_the_guarantees(tmp_path, monkeypatch):
-    text = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
     (tmp_path / "my_rules.py").write_text(re.search(r"```python\n# my_rules.py\n(.*?)```", text, re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
     rule = load_rule("my_rules.more_for_the_unsolved")

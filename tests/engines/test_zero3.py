@@ -25,7 +25,7 @@ from e3_trl import read_rollouts
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 

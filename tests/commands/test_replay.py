@@ -77,7 +77,7 @@ def test_the_command(make_trainer, tmp_path, capsys):
     trainer = make_trainer(save_strategy="epoch")  # which writes its arguments
     trainer.train()
     folder = trainer.args.output_dir
-    rules = ["uniform", "rank", "test_budget_rules.more_for_the_easy"]
+    rules = ["uniform", "rank", "conftest.more_for_the_easy"]
     main([folder, "--rules", *rules, "--figure", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.json")])
     results = json.loads((tmp_path / "a.json").read_text())
     assert set(results) == {"measured", "as it was", *rules}

@@ -24,7 +24,7 @@ from e3_trl.runs import figures
 from e3_trl.runs.dashboards import DashboardCallback
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def write_recipe(folder, model_path, **settings) -> str:
@@ -213,5 +213,26 @@ def test_a_run_that_a_scheduler_ends_saves_and_says_so(recipe, tmp_path, capsys)
         train.main(*train.make_parser().parse_args_and_config(["--config", path]))
     assert ended.value.code == 143
     assert "SIGTERM: saved checkpoint-3" in capsys.readouterr().out
-    assert (tmp_path / "run" / "checkpoint-3" / "e3_state.json").exists()
+    assert (tmp_path / "run" / "checkpoint-3" / "run_state.json").exists()
     assert not (tmp_path / "run" / "model.safetensors").exists(), "it is not over"
+
+
+def test_a_recipe_without_e3s_fields_trains_the_other_trainer(recipe, tmp_path):
+    command = recipe(trainer="fast_grpo", max_steps=2, num_generations_max=None, num_generations_min=None)
+    path = Path(command[-1])
+    path.write_text("".join(line for line in path.open() if not line.startswith("num_generations_m")))
+    train.run(["--config", str(path)])
+    assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2]
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+    assert "micro_batching" in json.loads((tmp_path / "run" / "report.json").read_text())["settings"]
+    with pytest.raises(SystemExit, match="rollout_allocation"):
+        train.run(["--config", str(path), "--rollout_allocation", "rank"])
+
+
+def test_a_setting_that_is_gone_says_what_became_of_it(recipe):
+    with pytest.raises(SystemExit, match="rerank_every is 9, a setting that is gone. New ranks .* leave it out"):
+        train.run(["--config", recipe(rerank_every=9)[-1]])
+    with pytest.raises(SystemExit, match="vllm_request_seeds is true, a setting that is gone.*leave it out"):
+        train.run(["--config", recipe()[-1], "--vllm_request_seeds", "true"])
+    with pytest.raises(SystemExit, match=r"trainer is 'grpo'. Set it to one of \['e3', 'fast_grpo'\]"):
+        train.run(["--config", recipe(trainer="grpo")[-1]])

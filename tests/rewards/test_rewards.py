@@ -21,7 +21,7 @@ from e3_trl.rewards import load_reward_func, worker_pool
 from e3_trl.rewards.worker_pool import WorkerPool, _Waiting
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOWER = r"\boxed{9^{9^{9^9}}}"  # one multiplication in C, which no Python signal handler interrupts
 
 # Completion and gold answer, in the forms of the paper's data.

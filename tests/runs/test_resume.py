@@ -36,7 +36,7 @@ def kill(model_path):
     """Train in another process, which dies by SIGKILL."""
     with subprocess.Popen(
         [sys.executable, "killed_run.py"],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -205,7 +205,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
             load_state(path)
 
 
-def test_a_checkpoint_without_e3_state_starts_with_a_warning(make_trainer, caplog):
+def test_a_checkpoint_without_a_runs_state_starts_with_a_warning(make_trainer, caplog):
     grpo = make_trainer(GRPOTrainer, GRPOConfig, save_strategy="steps", save_steps=6, max_steps=6)
     grpo.train()
     trainer = make_trainer(max_steps=9)

@@ -218,8 +218,7 @@ def test_a_run_that_a_scheduler_ends_saves_and_says_so(recipe, tmp_path, capsys)
 
 
 def test_a_recipe_without_e3s_fields_trains_the_other_trainer(recipe, tmp_path):
-    command = recipe(trainer="fast_grpo", max_steps=2, num_generations_max=None, num_generations_min=None)
-    path = Path(command[-1])
+    path = Path(recipe(trainer="fast_grpo", max_steps=2))
     path.write_text("".join(line for line in path.open() if not line.startswith("num_generations_m")))
     train.run(["--config", str(path)])
     assert [entry["step"] for entry in history(tmp_path) if "loss" in entry] == [1, 2]
@@ -229,10 +228,18 @@ def test_a_recipe_without_e3s_fields_trains_the_other_trainer(recipe, tmp_path):
         train.run(["--config", str(path), "--rollout_allocation", "rank"])
 
 
-def test_a_setting_that_is_gone_says_what_became_of_it(recipe):
-    with pytest.raises(SystemExit, match="rerank_every is 9, a setting that is gone. New ranks .* leave it out"):
-        train.run(["--config", recipe(rerank_every=9)[-1]])
-    with pytest.raises(SystemExit, match="vllm_request_seeds is true, a setting that is gone.*leave it out"):
-        train.run(["--config", recipe()[-1], "--vllm_request_seeds", "true"])
-    with pytest.raises(SystemExit, match=r"trainer is 'grpo'. Set it to one of \['e3', 'fast_grpo'\]"):
-        train.run(["--config", recipe(trainer="grpo")[-1]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rerank_every", "9"], "rerank_every is 9, a setting that is gone. New ranks .* leave it out"),
+        (["--vllm_request_seeds", "true"], "vllm_request_seeds is true, a setting that is gone.*leave it out"),
+        (["--trainer", "grpo"], r"trainer is 'grpo'. Set it to one of \['e3', 'fast_grpo'\]"),
+    ],
+)
+def test_a_setting_that_is_gone_says_what_became_of_it(recipe, arguments, message):
+    path = Path(recipe())
+    with pytest.raises(SystemExit, match=message):
+        train.run(["--config", str(path), *arguments])
+    path.write_text(path.read_text() + f"{arguments[0][2:]}: {arguments[1]}\n")
+    with pytest.raises(SystemExit, match=message.replace("true", "True")):
+        train.run(["--config", str(path)])

@@ -1,5 +1,5 @@
 """
-A training step of E3GRPOTrainer, with both parts of E3 off, against one of stock GRPOTrainer on the same rows:
+A training step of FastGRPOTrainer against one of stock GRPOTrainer on the same rows:
 `python benchmarks/optimizer.py`, which is in `make benchmark`; `--plot` draws what it has measured.
 
 All trainers are in one process and take turns of one step each. A ratio is of two turns that stood side by side. The
@@ -48,7 +48,14 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from e3_trl import DifficultyTracker, E3GRPOConfig, E3GRPOTrainer, RolloutBudgetSchedule
+from e3_trl import (
+    DifficultyTracker,
+    E3GRPOConfig,
+    E3GRPOTrainer,
+    FastGRPOConfig,
+    FastGRPOTrainer,
+    RolloutBudgetSchedule,
+)
 from e3_trl.batch.sampler import RolloutBudgetSampler
 from e3_trl.grpo.plan import plan_micro_batches
 
@@ -198,7 +205,7 @@ class StepClock(TrainerCallback):
 
 class Bench:
     """
-    Stock GRPOTrainer and variants of E3GRPOTrainer that take turns.
+    Stock GRPOTrainer and variants of FastGRPOTrainer that take turns.
 
     Args:
         trainers (`dict`): by name, that of stock among them.
@@ -335,8 +342,10 @@ def make_bench(
     for name in [STOCK, *names]:
         trainer_class, config_class, own = GRPOTrainer, GRPOConfig, {}
         if name != STOCK:
+            trainer_class, config_class, own = FastGRPOTrainer, FastGRPOConfig, VARIANTS[name]
+        if "entropy_estimator" in own:  # which is E3's
             trainer_class, config_class = E3GRPOTrainer, E3GRPOConfig
-            own = {"rollout_allocation": "uniform", "temperature_schedule": "constant", **VARIANTS[name]}
+            own = {"rollout_allocation": "uniform", "temperature_schedule": "constant", **own}
         trainers[name] = trainer = trainer_class(
             make_model(model, args.prompt_length + length, args.device),
             work.reward,
@@ -499,15 +508,14 @@ def measure_quickstart(args: argparse.Namespace, folder: str) -> list[dict]:
     trainers = {}
     for size in args.quickstart_sizes:
         for name in [STOCK, "rows", "tokens"]:
-            own = {"rollout_allocation": "uniform", "temperature_schedule": "constant", **VARIANTS.get(name, {})}
             is_stock = name == STOCK
-            config = (GRPOConfig if is_stock else E3GRPOConfig)(
+            config = (GRPOConfig if is_stock else FastGRPOConfig)(
                 **recipe
-                | ({} if is_stock else own)
+                | VARIANTS.get(name, {})
                 | {"output_dir": f"{folder}/{name}-{size}"}
                 | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 128 // size}
             )
-            trainers[f"{name} {size}"] = (GRPOTrainer if is_stock else E3GRPOTrainer)(
+            trainers[f"{name} {size}"] = (GRPOTrainer if is_stock else FastGRPOTrainer)(
                 args.quickstart_model, answer_reward, config, data
             )
     bench = Bench(trainers)

@@ -51,10 +51,11 @@ def clocked(owner: type, name: str, clock: dict[str, float]) -> None:
 def step_shares(steps: int) -> list[float]:
     """Share of each step that is spent in E3's code: its overrides less what they call in TRL, budgets, callback."""
     hooks = ["_calculate_rewards", "_generate", "_generate_and_score_completions", "_compute_loss"]
+    of_trl = [*hooks, "_get_per_token_logps_and_entropies"]  # the forward pass, which comes before TRL's loss here
     clock: dict[str, float] = defaultdict(float)
     # TRL's side first: its clock has to lie inside of E3's.
     for owner, names in {
-        GRPOTrainer: hooks,
+        GRPOTrainer: of_trl,
         E3GRPOTrainer: hooks,
         RolloutBudgetSampler: ["rows"],
         DifficultyTracker: ["update"],
@@ -80,7 +81,7 @@ def step_shares(steps: int) -> list[float]:
 
         def spy(*args):
             loss = training_step(*args)
-            spent = sum(clock.values()) - 2 * sum(clock[f"GRPOTrainer.{name}"] for name in hooks)
+            spent = sum(clock.values()) - 2 * sum(clock[f"GRPOTrainer.{name}"] for name in of_trl)
             now = time.perf_counter()
             shares.append((spent - last["e3"]) / (now - last["time"]))
             last.update(time=now, e3=spent)

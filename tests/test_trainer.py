@@ -456,10 +456,10 @@ def test_evaluation_logs_pass_at_k_of_the_correctness_reward(make_trainer):
 def test_completions_sampled_ahead_are_taken_once_or_not_at_all():
     ahead = SampledAhead([[1], [2], [1]])
     assert ahead.is_waiting
-    ahead.add(([[5], [6], [7]], [[0.5], [0.6], [0.7]], None))
+    ahead.add([[[5], [6], [7]], [[0.5], [0.6], [0.7]], None])
     assert not ahead.is_waiting
     assert ahead.take([[1], [3]]) is ahead.take([[2], [2]]) is None
-    assert ahead.take([[1], [1]]) == ([[5], [7]], [[0.5], [0.7]], None)
+    assert ahead.take([[1], [1]]) == [[[5], [7]], [[0.5], [0.7]], None]
     assert ahead.take([[1]]) is None
 
 

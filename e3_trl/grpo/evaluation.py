@@ -52,7 +52,7 @@ class SampledAhead:
 
     def __init__(self, prompts: list[list[int]]):
         self.prompts = prompts
-        self._columns: tuple[list | None, ...] | None = None
+        self._columns: list[list | None] | None = None
         self._rows_of: dict[tuple[int, ...], deque[int]] = defaultdict(deque)
         for row, prompt in enumerate(prompts):
             self._rows_of[tuple(prompt)].append(row)
@@ -62,11 +62,11 @@ class SampledAhead:
         """Whether nothing is sampled yet."""
         return self._columns is None
 
-    def add(self, columns: tuple[list | None, ...]) -> None:
+    def add(self, columns: list[list | None]) -> None:
         """Keep what was sampled for the prompts: of each column an entry per row, or `None`."""
         self._columns = columns
 
-    def take(self, prompts: list[list[int]]) -> tuple[list | None, ...] | None:
+    def take(self, prompts: list[list[int]]) -> list[list | None] | None:
         """
         The columns of rows with these prompts, `None` if none are left: of the second turn of a conversation with
         tools, say.
@@ -75,4 +75,4 @@ class SampledAhead:
         if any(count > len(self._rows_of.get(key, ())) for key, count in Counter(keys).items()):
             return None
         rows = [self._rows_of[key].popleft() for key in keys]
-        return tuple(None if column is None else [column[row] for row in rows] for column in self._columns)
+        return [None if column is None else [column[row] for row in rows] for column in self._columns]

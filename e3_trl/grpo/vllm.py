@@ -203,8 +203,10 @@ class RolloutGeneration(VLLMGeneration):
         if ahead is None:
             return self._generate_rows(prompts, images, num_generations, profiler)
         if ahead.is_waiting:
-            ahead.add(self._generate_rows(ahead.prompts, None, num_generations, profiler))
-        return ahead.take(prompts) or self._generate_rows(prompts, images, num_generations, profiler)
+            _, *columns = self._generate_rows(ahead.prompts, None, num_generations, profiler)
+            ahead.add(columns)
+        taken = ahead.take(prompts)
+        return (prompts, *taken) if taken else self._generate_rows(prompts, images, num_generations, profiler)
 
     def _generate_rows(self, prompts, images, num_generations, profiler):
         if self.mode == "colocate":

@@ -9,7 +9,7 @@ OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := outputs/quickstart$(OF_SEED)
 BASE := outputs/quickstart-base$(OF_SEED)
 
-.PHONY: install test build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
+.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
 
 install: .venv/installed
 
@@ -37,6 +37,10 @@ endif
 # Two at a time, each file in one process: most tests use one core.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Those that need neither an engine nor long.
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow"
 
 # Wheel and source distribution, in dist/.
 build: install

@@ -166,6 +166,7 @@ def image_messages() -> Dataset:
     )
 
 
+@pytest.mark.slow
 def test_images_inside_messages_have_the_same_fingerprint_in_another_process(monkeypatch):
     """A memory address was in it, so that no run with images could be resumed."""
     program = "from test_drop_in import *; print(dataset_fingerprint(image_messages()))"

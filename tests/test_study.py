@@ -22,6 +22,7 @@ def small_study(tmp_path, monkeypatch):
     return run.Arguments(config=str(path), output_dir=str(tmp_path / "study"), processes=1)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_study, tmp_path, capsys):
     bases, runs, many = run.all_jobs(small_study, run.read_study(small_study.config))
     assert [job.method for job in runs] == ["grpo", "e3"]

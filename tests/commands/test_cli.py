@@ -34,6 +34,7 @@ LOADED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_not_needed_is_not_loaded():
     lines = ["import sys"]
     for statement, not_loaded in LOADED:
@@ -182,6 +183,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     command = [sys.executable, str(installed / "bin" / "e3-trl")]
     arguments = ["train", "--accelerate_config", "cpu", "--config", recipe()]
@@ -199,6 +201,7 @@ def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     assert list((tmp_path / "figures").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_launcher_hands_sigterm_on(recipe, tmp_path):
     """Left alone, the training would go on beside the run that resumes it."""
     reward = ["import os, signal", "", "def length(completions, trainer_state, **kwargs):"]

@@ -151,6 +151,7 @@ def test_methods_of_other_benchmarks_stand_side_by_side_and_their_averages_do_no
     ]
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_refused_with_the_command_that_merges_it(settings, model_path, tmp_path):
     adapter = tmp_path / "run" / "adapter"
     base = AutoModelForCausalLM.from_pretrained(model_path)
@@ -204,6 +205,7 @@ main(EvaluationArguments(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, generated):
     whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
     main(EvaluationArguments(**whole))

@@ -88,12 +88,14 @@ def launched(model_path, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_trains_and_saves(launched):
     assert [entry["step"] for entry in history(launched) if "loss" in entry] == [2, 4, 6, 8]
     AutoModelForCausalLM.from_pretrained(launched / "run")
     assert len((launched / "run" / "rollouts.jsonl").read_text().splitlines()) == 8 * 4
 
 
+@pytest.mark.slow
 def test_resumes(launched, recipe, tmp_path):
     shutil.copytree(launched / "run", tmp_path / "run")
     train.run(["--config", recipe(max_steps=10), "--resume_from_checkpoint", "true"])
@@ -107,6 +109,7 @@ def test_a_folder_without_a_checkpoint_is_named(recipe, tmp_path):
     assert ended.value.code.endswith("checkpoint. Unset it to start a new run.\n(E3_TRACEBACK=1 shows where.)")
 
 
+@pytest.mark.slow
 def test_dashboards_get_budgets_and_figures(launched):
     rows = [row for row in read_rollouts(launched / "run") if row["difficulty"] is not None]
     budgets = {6: [[] for _ in range(10)], 8: [[] for _ in range(10)]}  # of two steps each, by tenth of the difficulty

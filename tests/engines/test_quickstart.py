@@ -62,6 +62,7 @@ def launched(prepared):
     return prepared
 
 
+@pytest.mark.slow
 def test_trains_and_reports(launched, run_here):
     config = f"{ROOT}/recipes/quickstart/config_grpo.yaml"
     run_here(f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
@@ -81,6 +82,7 @@ def test_trains_and_reports(launched, run_here):
     assert base["benchmarks"]["held-out problems"]["pass@k"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
 
 
+@pytest.mark.slow
 def test_no_problem_is_both_trained_on_and_tested(prepared):
     train, test = (
         {json.loads(line)["prompt"] for line in (prepared / f"outputs/quickstart-base/{name}.jsonl").open()}
@@ -90,6 +92,7 @@ def test_no_problem_is_both_trained_on_and_tested(prepared):
     assert not train & test
 
 
+@pytest.mark.slow
 def test_a_base_model_is_not_made_twice(run_here):
     assert "is there already" in run_here("recipes.quickstart.prepare")
 
@@ -104,12 +107,16 @@ GREEDY = """
 import sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    engine = LLM(model=sys.argv[1], dtype="float32", max_model_len=32)
+    # Most of its start would be compiling, and importing everything in another process.
+    quick = {"enforce_eager": True, "distributed_executor_backend": "uni"}
+    engine = LLM(model=sys.argv[1], dtype="float32", max_model_len=32, **quick)
     greedy = SamplingParams(temperature=0.0, max_tokens=6)
     print("GREEDY", [list(output.outputs[0].token_ids) for output in engine.generate(["A12:", "B789:"], greedy)])
 """
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
@@ -134,7 +141,6 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected.append(model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :].tolist())
     (tmp_path / "greedy.py").write_text(GREEDY)
-    # Without a further process for the engine, which would import everything once more.
     assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder), VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 

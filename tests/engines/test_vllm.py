@@ -20,6 +20,8 @@ from e3_trl.grpo import vllm as e3_vllm
 
 SamplingParams = pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it").SamplingParams
 
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
 VLLM = {
     "use_vllm": True,
     "vllm_mode": "colocate",
@@ -439,8 +441,9 @@ def test_without_a_length_the_models_own_context_counts(make_trainer, no_engine)
         make_trainer(**settings)
 
 
-def test_an_evaluation_of_a_saved_model_goes_on(model_path, tmp_path):
+def test_an_evaluation_of_a_saved_model_goes_on(model_path, tmp_path, monkeypatch):
     """What `e3-trl evaluate` samples with; test_evaluate.py has the rest of it."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in the engine's process, whose start would be mostly that
     problems = [f"say {name}:" for name in "abcdef"]
     config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
     sampler = CompletionSampler(model_path, problems, config)

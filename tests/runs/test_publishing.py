@@ -99,6 +99,7 @@ def folder(make_trainer, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
     done = run(hub, tmp_path, "recipes/train.py", "--config", write_recipe(tmp_path, WRITE, model_path))
     assert done.returncode == 0, done.stderr

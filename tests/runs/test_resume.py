@@ -65,6 +65,7 @@ def assert_same_run(resumed, whole):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kill_at", "settings"),
     [
@@ -101,6 +102,7 @@ def rows(trainer):
     return [json.loads(line) for line in (Path(trainer.args.output_dir) / "rollouts.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, kill, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(output_dir="whole", **settings)

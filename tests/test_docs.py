@@ -106,7 +106,9 @@ def raised_messages() -> tuple[list[str], list[str]]:
             is_message = isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
             if is_message and ast.unparse(node.exc.func) != "AttributeError":
                 raised.append(" ".join(map(message_parts, node.exc.args)))
-    return raised, texts
+    of_tables = [f"{name} is \0. {remedy}" for name, _, remedy in E3GRPOConfig._settings]
+    of_tables += [re.sub(r"\{.*?\}", "\0", message) for _, message in E3GRPOConfig._combinations]
+    return raised + of_tables, texts + of_tables
 
 
 def test_every_message_is_explained_and_can_come():

@@ -97,7 +97,7 @@ def test_every_override_calls_super_and_stands_in_the_docstring_and_among_the_na
             continue
         assert f"`{name}`" in trainer_class.__doc__, name
         if inspect.isfunction(member):
-            assert f"super().{name}(" in inspect.getsource(member), name
+            assert f"super().{name}" in inspect.getsource(member), name
             assert name == "__init__" or name in trl_names.METHODS["trl.GRPOTrainer"], name
     assert set(overrides(E3GRPOTrainer)) <= {
         "__init__", "_get_train_sampler", "_get_dataloader", "_generate_and_score_completions", "_generate",
@@ -144,7 +144,8 @@ def test_grpo_knows_nothing_of_e3_and_no_arrow_runs_back_up():
 
 def test_attributes(make_trainer):
     trainer = make_trainer(FastGRPOTrainer, max_steps=1)
-    for name in trl_names.ATTRIBUTES:
+    assert "self._last_loaded_step" in inspect.getsource(GRPOTrainer), "with vLLM alone"
+    for name in trl_names.ATTRIBUTES.keys() - {"_last_loaded_step"}:
         assert hasattr(trainer, name), name
     trainer.train()
     assert trainer._step == 1

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from ..runs.checkpoint import dataset_fingerprint
 from ..runs.lifecycle import Lifecycle, full_disk_named
+from ..runs.lock import held
 from ..runs.publishing import complete_model_card
 from ..runs.report import describe_run
 from .checks import EngineCheckCallback, check_data
@@ -40,7 +41,7 @@ class FastGRPOTrainer(GRPOTrainer):
     |---|---|
     | `__init__` | check the data before a model is loaded; find the places of the temperature |
     | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
-    | `train` | the run's folder; resume from its last sound checkpoint; save if server or reward function fail |
+    | `train` | the run's folder, for this run alone; resume from its last sound checkpoint; save if something fails |
     | `get_batch_samples` | no batch is left for a run that is over |
     | `_get_train_sampler` | prompts in TRL's order, which can be resumed |
     | `_generate_and_score_completions` | seed vLLM; what TRL scores of the rows is put off until they are planned |
@@ -283,11 +284,12 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self.loss_steps.reset()  # a run that was interrupted leaves half a window
-        checkpoint = self.lifecycle.choose_checkpoint(resume_from_checkpoint)
-        if checkpoint is None:
-            self.lifecycle.begin()
-        with self.lifecycle.saved_if_it_cannot_go_on():
-            return super().train(checkpoint, *args, **kwargs)
+        with held(self.args.output_dir, self.is_world_process_zero()):
+            checkpoint = self.lifecycle.choose_checkpoint(resume_from_checkpoint)
+            if checkpoint is None:
+                self.lifecycle.begin()
+            with self.lifecycle.saved_if_it_cannot_go_on():
+                return super().train(checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:

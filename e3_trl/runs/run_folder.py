@@ -17,7 +17,9 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 ARGS_FILE = "training_args.json"
 REPORT_FILE = "report.json"
 FIGURES = "figures"
-EARLIER = "_earlier"  # transformers pushes no folder whose name begins so
+# transformers pushes nothing whose name begins so.
+EARLIER = "_earlier"
+LOCK_FILE = "_run.lock"
 # As in transformers, whose modules take seconds to import: who draws a run need not wait for a trainer.
 PREFIX_CHECKPOINT_DIR = "checkpoint"
 TRAINER_STATE_NAME = "trainer_state.json"

@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
 from e3_trl.grpo.reward_errors import RewardError
+from e3_trl.runs import lock
 from e3_trl.runs.checkpoint import load_state, save_state
 from e3_trl.runs.report import read_log
 from e3_trl.runs.run_folder import complete_checkpoints, run_id
@@ -693,3 +694,65 @@ def test_a_reward_function_that_raises_at_once_promises_no_checkpoint(make_train
 
     with pytest.raises(RewardError, match="row 0 of 16.* Mend it, then run the same command again.$"):
         make_trainer(reward_funcs=broken).train()
+
+
+# --- two runs at once
+
+
+HOLD = """
+import sys, time
+from e3_trl.runs.lock import held
+with held(sys.argv[1], True):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_moves_nothing(make_trainer, tmp_path):
+    """It moved the living run's checkpoints and rollouts aside, and both wrote one rollouts.jsonl."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run = make_trainer(**settings)
+    run.train()
+    before = rows(run), steps_of(tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, run.args.output_dir], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        for resume in (None, True):
+            with pytest.raises(ValueError, match=rf"another run is going on there: process {other.pid} on \S+\. Wait"):
+                make_trainer(**settings).train(resume_from_checkpoint=resume)
+        assert (rows(run), steps_of(tmp_path / "run")) == before
+        assert not (tmp_path / "run" / "_earlier").exists()
+        other.kill()
+    make_trainer(**settings | {"max_steps": 5}).train(resume_from_checkpoint=True)  # nothing is left of it
+
+
+def test_the_folder_is_released_at_the_end_and_after_an_error(make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match="another run is going on there: process"):
+                make_trainer(max_steps=1).train()
+            raise KeyboardInterrupt
+
+    trainer, interrupt = make_trainer(max_steps=1), Interrupt()
+    trainer.add_callback(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    make_trainer(max_steps=1).train()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_stops_no_run(make_trainer, monkeypatch, caplog, number):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    make_trainer(max_steps=1).train()
+    assert "run cannot be locked" in caplog.text
+
+
+def test_all_processes_raise_where_one_finds_the_folder_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "broadcast_object_list", lambda objects: ["taken"])
+    with pytest.raises(ValueError, match="taken"), lock.held(tmp_path, is_main=False):
+        pass
+    assert not (tmp_path / "_run.lock").exists()

@@ -1,7 +1,7 @@
 """
 Upload a finished run to the Hub, or complete an upload that failed.
 
-    e3-trl push outputs/e3 [my-name/my-model] [--evaluation outputs/evaluation]
+    e3-trl push outputs/e3 [my-name/my-model] [--evaluation outputs/evaluation] [--completions]
 """
 
 import argparse
@@ -21,6 +21,7 @@ def run(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--evaluation", help="output_dir of `e3-trl evaluate`, for report.json and the card")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--completions", action="store_true", help="send completions/*.parquet too")
     args = parser.parse_args(arguments)
     settings = read_settings(args.folder) or {}
     repo = args.repo or settings.get("hub_model_id") or Path(args.folder).resolve().name
@@ -30,6 +31,6 @@ def run(arguments: list[str] | None = None) -> None:
             if not results:
                 raise ValueError(f"--evaluation is {args.evaluation}, which holds no report.json with benchmarks.")
             write_json(Path(args.folder) / REPORT_FILE, {**read_report(args.folder), "benchmarks": results})
-        print(f"Uploaded: {publish(args.folder, repo, private=args.private)}")
+        print(f"Uploaded: {publish(args.folder, repo, private=args.private, completions=args.completions)}")
     except (HubError, ValueError) as error:
         sys.exit(str(error))

@@ -141,6 +141,10 @@ class FastGRPOConfig(GRPOConfig):
                 "set use_vllm to False."
             )
 
+    def to_dict(self) -> dict:
+        # What dashboards are told of the run, which TensorBoard keeps in the run's folder.
+        return without_secrets(super().to_dict())
+
     def __getstate__(self) -> dict:
         # transformers pickles its arguments beside the model, and pushes that file with every save (`push_to_hub`).
         # What is missing has its default after unpickling.

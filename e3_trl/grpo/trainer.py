@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from ..runs.checkpoint import dataset_fingerprint
 from ..runs.lifecycle import Lifecycle, full_disk_named
 from ..runs.lock import held
-from ..runs.publishing import complete_model_card
+from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .checks import EngineCheckCallback, check_data
 from .config import FastGRPOConfig
@@ -52,6 +52,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `_compute_loss` | one forward pass, then TRL's loss; micro-steps without rows, or with fewer |
     | `evaluation_loop` | evaluate at `eval_temperature`, in one engine call; log pass@1 and pass@k |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint |
+    | `_push_from_checkpoint`, `push_to_hub` | send what is listed, and no file that happens to lie there |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
 
     Args:
@@ -315,6 +316,14 @@ class FastGRPOTrainer(GRPOTrainer):
         with full_disk_named(folder):
             self.lifecycle.save(folder)
             super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with only_what_is_listed(self.args.output_dir):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *args, **kwargs):
+        with only_what_is_listed(self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,6 +1,7 @@
 """A run on the Hub: what its model card says about E3, and the upload."""
 
 import contextlib
+import glob
 import json
 import re
 from pathlib import Path
@@ -9,15 +10,23 @@ from huggingface_hub import ModelCard, auth_check, constants, create_repo, uploa
 
 # Its HTTPError is the one that its client raises: httpx's in huggingface_hub 1, httpx2's in 2.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils.hub import hf_api
 
 from ..scrub import without_secrets
 from .report import read_benchmarks, read_report, write_json
-from .run_folder import ARGS_FILE, FIGURES, PREFIX_CHECKPOINT_DIR, REPORT_FILE, write_whole
+from .run_folder import (
+    ACCOUNT_FILES,
+    ARGS_FILE,
+    COMPLETION_FILES,
+    FIGURES,
+    MODEL_FILES,
+    REPORT_FILE,
+    files_of,
+    write_whole,
+)
 
 
 BEGIN, END = "<!-- e3 -->", "<!-- /e3 -->"
-_NOT_PUSHED = ("_*", "*.tmp")  # `_earlier` holds runs that were moved aside
 
 
 class HubError(RuntimeError):
@@ -104,18 +113,22 @@ def publish(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    completions: bool = False,
 ) -> str:
     """
-    Upload a run folder: model, tokenizer, training arguments, report, figures and model card, not its checkpoints.
-    What an interrupted upload brought over is not sent again. Secrets in the arguments and in the report are removed
-    before. `training_args.bin`, in which transformers pickles the arguments, stays here: it may hold some, and
-    `training_args.json` says the same.
+    Upload what is listed of a run folder: model and tokenizer ([`~e3_trl.runs.run_folder.MODEL_FILES`]), and card,
+    arguments, report, log, rollouts and figures ([`~e3_trl.runs.run_folder.ACCOUNT_FILES`]). Whatever else lies there
+    stays, such as checkpoints, the files of dashboards and `training_args.bin`, in which transformers pickles the
+    arguments. What an interrupted upload brought over is not sent again. Secrets in the arguments and in the report
+    are removed before.
 
     Args:
         folder (`str` or `Path`): the run's output folder.
         repo_id (`str`): `"name"` or `"namespace/name"`.
         token, private: as in [`check_hub_access`].
         revision (`str`, *optional*): branch to commit to.
+        completions (`bool`, *optional*, defaults to `False`):
+            Whether the completions that `log_completions` has written are sent too.
 
     Returns:
         `str`: URL of the commit.
@@ -142,9 +155,31 @@ def publish(
             token=token,
             revision=revision,
             commit_message="End of training",
-            ignore_patterns=[*_NOT_PUSHED, f"{PREFIX_CHECKPOINT_DIR}-*", f"*{TRAINING_ARGS_NAME}"],
+            allow_patterns=_exactly(folder, COMPLETION_FILES if completions else ()),
         )
     return commit.commit_url
+
+
+def _exactly(folder: str | Path, more: tuple[str, ...] = ()) -> list[str]:
+    """Patterns of the files that may be sent: on the Hub's side a `*` would match slashes too."""
+    return [glob.escape(path) for path in files_of(folder, (*MODEL_FILES, *ACCOUNT_FILES, *more))]
+
+
+@contextlib.contextmanager
+def only_what_is_listed(output_dir: str | Path):
+    """Inside, transformers uploads no more of the run's folder than [`publish`] does: it has exceptions only."""
+    api = hf_api()
+
+    def upload_folder(*, folder_path, **kwargs):
+        if Path(folder_path) == Path(output_dir):
+            kwargs["allow_patterns"] = _exactly(folder_path)
+        return type(api).upload_folder(api, folder_path=folder_path, **kwargs)
+
+    api.upload_folder = upload_folder
+    try:
+        yield
+    finally:
+        del api.upload_folder
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ goes back behind, moves to `_earlier/<number>` when the run begins.
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,16 @@ LOCK_FILE = "_run.lock"
 PREFIX_CHECKPOINT_DIR = "checkpoint"
 TRAINER_STATE_NAME = "trainer_state.json"
 SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+# What loads a model, and what says of a run what it was. Whatever else lies in the folder is nobody else's business.
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "adapter_*", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json",
+    "chat_template.*", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+ACCOUNT_FILES = ("README.md", ARGS_FILE, REPORT_FILE, TRAINER_STATE_NAME, ROLLOUTS_FILE, f"{FIGURES}/*")
+COMPLETION_FILES = ("completions/*.parquet",)  # of TRL's `log_completions`: what the data and the model say
 # Of a checkpoint: what all processes share, and what each has. JSON, and beside it the arrays of it.
 STATE_FILE = "run_state.json"
 PROCESS_STATE_FILE = "run_state_of_process_{process_index}.json"
@@ -36,6 +47,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def files_of(folder: str | Path, patterns: Iterable[str]) -> list[str]:
+    """The files in `folder` that match one of the patterns, by their paths in it."""
+    found = (path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file())
+    return sorted({path.relative_to(folder).as_posix() for path in found})
 
 
 def to_json(content, **kwargs) -> bytes:

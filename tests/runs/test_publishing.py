@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub.hf_api
@@ -101,18 +102,23 @@ def folder(make_trainer, tmp_path):
 
 @pytest.mark.slow
 def test_a_training_is_pushed_and_loaded_back(hub, model_path, tmp_path):
-    done = run(hub, tmp_path, "recipes/train.py", "--config", write_recipe(tmp_path, WRITE, model_path))
+    recipe = write_recipe(tmp_path, WRITE, model_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text(SECRET)
+    logs = ("--report_to", "tensorboard", "--log_completions", "true")
+    done = run(hub, tmp_path, "recipes/train.py", "--config", recipe, *logs)
     assert done.returncode == 0, done.stderr
     files = hub.repos[REPO]
     assert files.keys() >= {
         "README.md", "config.json", "figures/entropy.png", "figures/temperature.png", "model.safetensors",
-        "report.json", "rollouts.jsonl", "tokenizer.json", "training_args.bin", "training_args.json",
+        "report.json", "rollouts.jsonl", "tokenizer.json", "training_args.json",
     }  # fmt: skip
-    assert not any(path.startswith("checkpoint") for path in files)
+    for name in ("checkpoint-*", "runs/*", "completions/*", "notes.txt", "training_args.bin"):
+        assert not any(fnmatch(path, name) for path in files), "pushed by transformers at a save, or at the end"
+        assert [*(tmp_path / "run").glob(name)]
     settings = json.loads(files["training_args.json"])
     assert settings["temperature_schedule"] == "entropy"
     assert settings["max_steps"] == 4
-    # Saves are pushed by transformers, with its pickle of the arguments.
     for secret in (WRITE, SECRET):
         assert secret.encode() not in b"".join(files.values())
     assert json.loads(files["report.json"])["step"] == 4
@@ -183,6 +189,33 @@ def test_no_pushed_file_holds_a_secret(hub, here, make_trainer, tmp_path):
     args = torch.load(folder / "training_args.bin", weights_only=False)
     assert args.hub_token is None
     assert (args.difficulty_reward_func, args.save_strategy) == ("vowel_reward", trainer.args.save_strategy)
+
+
+def test_what_is_pushed_is_listed(hub, here, make_trainer, monkeypatch):
+    """All files but some were pushed: with TensorBoard's, which holds all arguments, a token was."""
+    trainer = make_trainer(
+        max_steps=1, report_to="tensorboard", log_completions=True, model_init_kwargs={"token": SECRET}
+    )
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    trainer.create_model_card("run")
+    folder = Path(trainer.args.output_dir)
+    assert [path for path in folder.rglob("events*") if SECRET.encode() in path.read_bytes()] == []
+    for name in ("notes.txt", "modeling_own.py", "sub/model.safetensors", "figures/figure [1].png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    sent = {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "report.json", "rollouts.jsonl", "tokenizer.json", "tokenizer_config.json",
+        "trainer_state.json", "training_args.json", *(f"figures/{path.name}" for path in folder.glob("figures/*")),
+    }  # fmt: skip
+    publish(folder, REPO, WRITE)
+    assert hub.repos[REPO].keys() == sent
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    cli.main(["push", str(folder), REPO, "--completions"])
+    (added,) = hub.repos[REPO].keys() - sent
+    assert fnmatch(added, "completions/*.parquet")
 
 
 def test_what_names_a_secret_and_what_does_not():

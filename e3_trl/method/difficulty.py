@@ -13,7 +13,7 @@ class PromptStats:
 
     Args:
         difficulty (`np.ndarray` of shape `(B,)`): rank in (0, 1], 1 = hardest, NaN = not known.
-        success_rate (`np.ndarray` of shape `(B,)`): share of right rollouts in [0, 1], NaN = not known.
+        success_rate (`np.ndarray` of shape `(B,)`): share of right rollouts (reward above 0.5), NaN = not known.
         num_rollouts (`np.ndarray` of shape `(B,)`): scored rollouts so far.
         mean_success_rate (`float`): of all prompts of the dataset that have been sampled, NaN = none was.
     """
@@ -50,11 +50,14 @@ class DifficultyTracker:
         difficulty (`np.ndarray` of shape `(num_prompts,)`):
             The ranks in force, in (0, 1] or NaN.
         success_rate (`np.ndarray` of shape `(num_prompts,)`):
-            The mean rewards in force, which the ranks are of, within [0, 1], or NaN.
+            The shares of right rollouts (reward above 0.5) in force, or NaN. With rewards of 0 and 1 they are the mean
+            rewards, which the ranks are of; with others, such as -1 and 1, they are not.
         num_rollouts (`np.ndarray` of shape `(num_prompts,)`):
             Scored rollouts so far, \\( n_i \\).
         reward_sum (`np.ndarray` of shape `(num_prompts,)`):
             Sum of their rewards, \\( r_i \\).
+        num_correct (`np.ndarray` of shape `(num_prompts,)`):
+            How many of them are right.
 
     Example:
 
@@ -82,6 +85,7 @@ class DifficultyTracker:
         self.decay, self.prior = decay, prior
         self.num_rollouts = np.zeros(num_prompts, dtype=np.float64)
         self.reward_sum = np.zeros(num_prompts, dtype=np.float64)
+        self.num_correct = np.zeros(num_prompts, dtype=np.float64)
         if initial_difficulty is None:
             initial_difficulty = np.full(num_prompts, np.nan)
         self.initial_difficulty = np.asarray(initial_difficulty, dtype=np.float64)
@@ -94,9 +98,11 @@ class DifficultyTracker:
     @property
     def mean_reward(self) -> np.ndarray:
         r"""Cumulative mean reward \\( r_i / n_i \\) of each prompt, shape `(num_prompts,)`, NaN if never sampled."""
-        sampled = self.num_rollouts > 0
-        rollouts = np.where(sampled, self.num_rollouts + 2 * self.prior, np.nan)
-        return (self.reward_sum + self.prior) / rollouts
+        return self._per_rollout(self.reward_sum)
+
+    def _per_rollout(self, sums: np.ndarray) -> np.ndarray:
+        rollouts = np.where(self.num_rollouts > 0, self.num_rollouts + 2 * self.prior, np.nan)
+        return (sums + self.prior) / rollouts
 
     def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray) -> None:
         """
@@ -110,13 +116,16 @@ class DifficultyTracker:
         scored_N = ~np.isnan(rewards_N)
         np.add.at(self.num_rollouts, prompt_ids_N[scored_N], 1)
         np.add.at(self.reward_sum, prompt_ids_N[scored_N], rewards_N[scored_N])
+        np.add.at(self.num_correct, prompt_ids_N[scored_N], rewards_N[scored_N] > 0.5)
 
     def update(self) -> None:
         """Put new ranks in force: a full pass over the dataset is over."""
-        mean_reward = np.where(self.num_rollouts > 0, self.mean_reward, 1 - self.initial_difficulty)
-        self.num_rollouts *= self.decay
-        self.reward_sum *= self.decay
-        self.success_rate = np.clip(mean_reward, 0, 1)
+        mean_reward, self.success_rate = (
+            np.where(self.num_rollouts > 0, self._per_rollout(sums), 1 - self.initial_difficulty)
+            for sums in (self.reward_sum, self.num_correct)
+        )
+        for counts in (self.num_rollouts, self.reward_sum, self.num_correct):
+            counts *= self.decay
         self._note_mean()
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `rank`
@@ -136,6 +145,7 @@ class DifficultyTracker:
         return {
             "num_rollouts": self.num_rollouts.copy(),
             "reward_sum": self.reward_sum.copy(),
+            "num_correct": self.num_correct.copy(),
             "difficulty": self.difficulty.copy(),
             "success_rate": self.success_rate.copy(),
         }

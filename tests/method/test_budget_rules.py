@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import vowel_reward
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -269,6 +270,45 @@ def test_what_a_rule_is_told():
     restored = DifficultyTracker(4)
     restored.restore(tracker.state_to_save())
     assert restored.stats(np.array([1])).mean_success_rate == 0.5
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=40),
+    st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.0, 10.0), (-3.0, 0.6)]),
+    st.floats(0.1, 1),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_a_success_rate_is_the_share_of_right_rollouts_whatever_they_are_worth(rollouts, worth, decay, prior):
+    """It once was the mean reward cut to [0, 1]: half of -1 and 1 counted as never, some of 0 and 10 as always."""
+    plain, other = (DifficultyTracker(5, decay=decay, prior=prior) for _ in range(2))
+    for number, (prompt, is_right) in enumerate(rollouts):
+        plain.observe([prompt], [float(is_right)])
+        other.observe([prompt], [worth[is_right]])
+        if number % 10 == 9:
+            plain.update()
+            other.update()
+    assert np.array_equal(plain.success_rate, other.success_rate, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", ["rank", "variance", "knapsack", "coba"])
+def test_budgets_are_the_same_whatever_a_right_answer_is_worth(make_trainer, rule):
+    rows = []
+    for wrong, right in ((0, 1), (-1, 1), (0, 10)):
+
+        def reward(completions, threshold, wrong=wrong, right=right, **kwargs):
+            return [wrong + (right - wrong) * value for value in vowel_reward(completions, threshold)]
+
+        trainer = make_trainer(
+            output_dir=f"{wrong}-{right}",
+            reward_funcs=reward,
+            rollout_allocation=rule,
+            learning_rate=0.0,
+            temperature_schedule="constant",
+        )
+        trainer.train()
+        rows.append(read_rollouts(trainer.args.output_dir))
+    assert rows[0] == rows[1] == rows[2]
+    assert len({row["rollouts"] for row in rows[0]}) > 1
 
 
 def test_a_rule_of_before_is_told_what_it_gets_now():

@@ -45,7 +45,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `get_batch_samples` | no batch is left for a run that is over |
     | `_get_train_sampler` | prompts in TRL's order, which can be resumed |
     | `_generate_and_score_completions` | seed vLLM; what TRL scores of the rows is put off until they are planned |
-    | `_generate` | a rollout function may ask for log-probs, and gets them |
+    | `_generate` | a rollout function may ask for log-probs, and gets them; an evaluation stays one |
     | `_calculate_rewards` | say what a reward function raised for; what is right in an evaluation |
     | `_buffered_inputs` | a property: rows that TRL buffers are put into micro-batches with little padding |
     | `_get_per_token_logps_and_entropies` | give the loss the forward pass that was made for it |
@@ -226,7 +226,11 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts):
         with answered(self, None):
-            return super()._generate(prompts)
+            output = super()._generate(prompts)
+        if self.evaluation is not None:
+            # TRL sets it to training after continuous batching, and would take the next batch for one to train on.
+            self.model.eval()
+        return output
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with answered(self, None), self.row_temperatures.at(None):  # a reward may ask the policy

@@ -1,14 +1,16 @@
 """FastGRPOTrainer alone: TRL's GRPOTrainer with another class name. Gradients are in test_micro_batches.py."""
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import logged, make_dataset, vowel_reward
 from trl import GRPOConfig, GRPOTrainer
 
-from e3_trl import E3GRPOConfig, FastGRPOConfig, FastGRPOTrainer
+from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer, read_rollouts
 from e3_trl.grpo.reward_errors import RewardError
 
 
@@ -102,6 +104,43 @@ def test_an_evaluation_has_its_temperature_and_pass_at_k(make_trainer):
     assert trainer.temperature == 1.4
     assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
     assert trainer.evaluation is None
+
+
+def generate_batch(model, prompt_ids, generation_config, **kwargs) -> dict:
+    """In the place of transformers' continuous batching, which takes minutes on a CPU: the same answer."""
+    tokens = [model.generate(torch.tensor([ids]), generation_config)[0, len(ids) :] for ids in prompt_ids]
+    return {row: SimpleNamespace(generated_tokens=ids.tolist()) for row, ids in enumerate(tokens)}
+
+
+@pytest.mark.parametrize("trainer_class", [FastGRPOTrainer, E3GRPOTrainer])
+def test_an_evaluation_with_continuous_batching_is_no_training(make_trainer, trainer_class):
+    """TRL sets the model to training after each call, and then took the further batches of an evaluation for it."""
+    sampled = []
+
+    def reward(prompts, completions, trainer_state, **kwargs):
+        sampled.append((trainer.evaluation is None, trainer.model.training, len(prompts)))
+        return [float(len(text)) for text in completions]
+
+    trainer = make_trainer(
+        trainer_class,
+        reward_funcs=reward,
+        use_transformers_continuous_batching=True,
+        max_steps=2,
+        eval_dataset=make_dataset(6),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        num_generations_eval=2,
+    )
+    trainer.model.generate_batch = partial(generate_batch, trainer.model)
+    trainer.train()
+    assert sampled == [(True, True, 16), *[(False, False, 4)] * 3] * 2
+    assert trainer.num_generation_batches == 2
+    lengths = {name: logged(trainer, name) for name in ("completions/mean_length", "eval_completions/mean_length")}
+    assert [len(values) for values in lengths.values()] == [2, 2]
+    if trainer_class is E3GRPOTrainer:
+        rows = read_rollouts(trainer.args.output_dir)
+        assert sum(row["rollouts"] for row in rows) == trainer.difficulty_tracker.num_rollouts.sum() == 32
 
 
 def test_log_probs_are_those_of_the_temperature_that_is_set(make_trainer):

@@ -33,6 +33,20 @@ class Evaluation:
         return validation_metrics(samples[: len(self.dataset)] if isinstance(self.dataset, Dataset) else samples)
 
 
+def name_after_set(metrics: dict[str, list[float]], metric_key_prefix: str) -> None:
+    """
+    Give the metrics of one evaluation set of several its name, as transformers does with the loss.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            What TRL is to log, as `eval_` and the name, whichever set it is of: of several, the last would remain.
+        metric_key_prefix (`str`): transformers' `eval_<set>`, or `eval` where there is but one.
+    """
+    if metric_key_prefix.startswith("eval_"):
+        for name in list(metrics):
+            metrics[f"{metric_key_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
+
+
 class Batches(list):
     """A dataloader's batches, read at once, and its dataset, whose size the evaluation loop asks for."""
 

@@ -15,7 +15,7 @@ from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .checks import EngineCheckCallback, check_data
 from .config import FastGRPOConfig
-from .evaluation import Batches, Evaluation
+from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
 from .loss_steps import LossSteps
 from .micro_batches import plan_generation_batch
@@ -50,7 +50,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `_buffered_inputs` | a property: rows that TRL buffers are put into micro-batches with little padding |
     | `_get_per_token_logps_and_entropies` | give the loss the forward pass that was made for it |
     | `_compute_loss` | one forward pass, then TRL's loss; micro-steps without rows, or with fewer |
-    | `evaluation_loop` | evaluate at `eval_temperature`, in one engine call; log pass@1 and pass@k |
+    | `evaluation_loop` | evaluate at `eval_temperature`, in one engine call; log pass@1 and pass@k, by set |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint |
     | `_push_from_checkpoint`, `push_to_hub` | send what is listed, and no file that happens to lie there |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
@@ -263,7 +263,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     # --- evaluation
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         evaluation = self.evaluation = Evaluation(dataloader.dataset)
         seeded = ahead = nullcontext()
         if not self.is_in_train:  # the best weights, say, are of no step that the engine knows
@@ -278,9 +278,10 @@ class FastGRPOTrainer(GRPOTrainer):
         try:
             with self.live_temperature.at(self.args.eval_temperature or self.args.temperature), seeded, ahead:
                 self.add_metric("temperature", self.temperature)
-                output = super().evaluation_loop(dataloader, *args, **kwargs)
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             for name, value in evaluation.metrics(self.num_generations_eval).items():
                 self.add_metric(name, value)
+            name_after_set(self._metrics["eval"], metric_key_prefix)
         finally:
             self.evaluation = None
         return output

@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer, read_rollouts
 from e3_trl.grpo.reward_errors import RewardError
+from e3_trl.runs.figures import CURVES, Run
 
 
 def test_the_defaults_are_trls(tmp_path):
@@ -104,6 +105,39 @@ def test_an_evaluation_has_its_temperature_and_pass_at_k(make_trainer):
     assert trainer.temperature == 1.4
     assert 0 <= metrics["eval_pass@1"] <= metrics["eval_pass@2"] <= 1
     assert trainer.evaluation is None
+
+
+def test_each_evaluation_set_has_metrics_of_its_own(make_trainer):
+    """They had one name, and the last set's stayed: for the best model and the figures too."""
+
+    def reward(prompts, completions, is_easy, **kwargs):
+        return [float(easy) for easy in is_easy]
+
+    sets = {name: make_dataset(4).add_column("is_easy", [name == "easy"] * 4) for name in ("easy", "hard")}
+    trainer = make_trainer(
+        FastGRPOTrainer,
+        reward_funcs=reward,
+        train_dataset=make_dataset().add_column("is_easy", [True] * 16),
+        eval_dataset=sets,
+        per_device_eval_batch_size=4,
+        num_generations_eval=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="eval_easy_pass@1",
+        max_steps=2,
+        logging_steps=2,
+    )
+    trainer.train()
+    for name, value in {"easy": 1.0, "hard": 0.0}.items():
+        for metric in ("pass@1", "pass@2", "reward", "rewards/reward/mean"):
+            assert logged(trainer, f"eval_{name}_{metric}") == [value] * 2, metric
+        assert len(logged(trainer, f"eval_{name}_loss")) == 2
+    assert trainer.state.best_metric == 1.0
+    assert not {name for entry in trainer.state.log_history for name in entry} & {"eval_pass@1", "eval_reward"}
+    assert logged(trainer, "reward") == [1.0]
+    trainer.save_state()
+    assert list(Run.read(trainer.args.output_dir).curve(CURVES["validation"][0][0]).values()) == [1.0, 1.0]
 
 
 def generate_batch(model, prompt_ids, generation_config, **kwargs) -> dict:

@@ -63,12 +63,12 @@ def count(trainer, batch: GenerationBatch) -> None:
 
 
 def shape_rewards(trainer, batch: GenerationBatch) -> None:
-    """The rewards that are compared: with a length bias, correct completions of easy prompts lose for their length."""
+    """The rewards that are compared: with a length bias, correct completions of easy prompts lose part of theirs."""
     rewards = batch.shaped_rewards = batch.of_kept(batch.rewards).clone()
     if trainer.args.length_bias_coef > 0:
         correctness = rewards[:, trainer.correctness_column]
         difficulty = trainer.difficulty_of(batch, batch.of_kept(batch.sampled_ids))
-        correctness -= length_bias(
+        correctness *= 1 - length_bias(
             correctness > 0.5,
             batch.of_kept(batch.lengths),
             torch.as_tensor(batch.group_ids, device=rewards.device),

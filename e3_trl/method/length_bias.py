@@ -12,7 +12,8 @@ def length_bias(
     fraction: float,
 ) -> torch.Tensor:
     r"""
-    What a correct completion of an easy prompt loses for its length \( l \): \( w \mu l / (1 + \mu l) \).
+    Part of its reward that a correct completion of an easy prompt loses for its length \( l \):
+    \( w \mu l / (1 + \mu l) \), so that \( r (1 - w \mu l / (1 + \mu l)) \) is left, whatever a right one is worth.
 
     In the code that E3's authors released, not in the paper. Differs from it: the easiest prompts are those of the
     batch, since the thousands of a dataset that are always solved share one rank. Prompts of equal difficulty are
@@ -35,7 +36,7 @@ def length_bias(
             Part of the batch's prompts that counts as easy, rounded to whole prompts.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: the loss of each completion in [0, 1).
+        `torch.Tensor` of shape `(N,)`: the part that each completion loses, in [0, 1).
 
     Example:
 

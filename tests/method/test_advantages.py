@@ -1,10 +1,11 @@
 import pytest
 import torch
-from conftest import logged
+from conftest import length_reward, logged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
+from e3_trl.batch import steps
 from e3_trl.method.advantages import aggregate_advantages
 from e3_trl.method.length_bias import length_bias
 
@@ -154,3 +155,41 @@ def test_length_bias_reaches_the_advantages_but_not_difficulty(make_trainer):
         by_length = batch["advantages"][group][lengths[group].argsort(stable=True)]
         assert (by_length.diff() <= 1e-6).all()
     assert len(lengths.unique()) > 1
+
+
+@pytest.mark.parametrize("worth", [0.6, 1.0, 10.0])
+def test_length_bias_is_a_part_of_the_reward(make_trainer, worth):
+    """It was taken from it: right answers of 0.6 came to be worse than wrong ones, and 10 hardly moved."""
+
+    def reward(completions, **kwargs):
+        return [worth * (text[:1] > "m") for text in completions]
+
+    trainer = make_trainer(
+        reward_funcs=[length_reward, reward],
+        difficulty_reward_func="reward",
+        reward_weights=[0.0, 1.0],
+        length_bias_coef=0.5,
+        length_bias_fraction=1.0,
+        scale_rewards="none",
+        max_steps=8,
+    )
+    batches, shape = [], steps.shape_rewards
+
+    def spy(trainer, batch):
+        shape(trainer, batch)
+        batches.append(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "shape_rewards", spy)
+        trainer.train()
+    moved = 0
+    for number, batch in enumerate(batches):
+        part = 1 / (1 + 0.5 * batch.lengths) if number >= 4 else torch.ones(16)  # of prompts that have been sampled
+        expected = batch.rewards * torch.stack([torch.ones(16), part], dim=1)
+        assert torch.allclose(batch.shaped_rewards, expected), "the function that tells right from wrong alone"
+        moved += (batch.shaped_rewards != batch.rewards).sum().item()
+        for group in set(batch.group_ids.tolist()):
+            of_group, is_right = torch.tensor(batch.group_ids == group), batch.rewards[:, 1] > 0.5
+            right, wrong = batch.advantages[of_group & is_right], batch.advantages[of_group & ~is_right]
+            assert len(right) == 0 or len(wrong) == 0 or right.min() > wrong.max()
+    assert moved > 10

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from e3_trl import DifficultyTracker
@@ -63,8 +63,28 @@ def test_harder_means_a_lower_mean_reward(rollouts):
     assert ((difficulty > 0) & (difficulty <= 1)).all()
     assert np.isnan(tracker.difficulty[~sampled]).all()
     for i in range(len(mean)):
-        assert (difficulty[i] > difficulty)[mean > mean[i]].all()
+        assert (difficulty[i] > difficulty)[mean > mean[i] + 1e-6].all()
         assert (difficulty[i] == difficulty)[mean == mean[i]].all()
+
+
+@given(
+    st.integers(0, 7),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=6),
+    st.floats(0.01, 1),
+    st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.0, 10.0), (0.1, 0.7)]),
+)
+@example(6, [(1, 0), (0, 1), (1, 2)], 0.7, (0.0, 1.0))
+def test_equal_means_share_a_rank_however_old_and_many_their_rollouts(num_right, passes, decay, worth):
+    """Decayed counts are rounded: of 3/4 of 8 and of 12 rollouts one once was harder than the other."""
+    tracker = DifficultyTracker(4, decay=decay)
+    of_eight = np.array([worth[place < num_right] for place in range(8)])
+    tracker.observe([2, 3], [worth[0] - 1, worth[1] + 1])
+    for number, counts in enumerate([(1, 1), *passes]):
+        for prompt, times in enumerate(counts):
+            # In whatever order they come.
+            tracker.observe(np.full(8 * times, prompt), np.roll(np.tile(of_eight, times), number + prompt))
+        tracker.update()
+        assert tracker.difficulty.tolist() == [2.5 / 4, 2.5 / 4, 1, 1 / 4]
 
 
 def test_state_goes_on_where_it_was_saved():

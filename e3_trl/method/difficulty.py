@@ -36,9 +36,13 @@ class DifficultyTracker:
     A prompt that was never sampled has no difficulty (NaN) unless a starting one is given. Ranks change only in
     [`DifficultyTracker.update`], in the paper once per pass.
 
+    Differs from the paper where a pass has left prompts out, which it has no case of: \\( |D| \\) is then the number
+    of prompts that have a rank, so that the hardest has 1 also after a pass over a fifth of the data. Algorithm 1
+    goes by the shares alone, which are the same.
+
     Args:
         num_prompts (`int`):
-            Number of prompts in the dataset, \\( |D| \\).
+            Number of prompts in the dataset.
         initial_difficulty (`np.ndarray` of shape `(num_prompts,)`, *optional*):
             Starting difficulty in [0, 1], 1 = hardest, NaN = unknown. It ranks a prompt as a mean reward of
             `1 - initial_difficulty` would, until the prompt has been sampled.
@@ -70,7 +74,7 @@ class DifficultyTracker:
     >>> tracker.observe([0, 0, 1, 1, 2, 2], [1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
     >>> tracker.update()
     >>> tracker.difficulty
-    array([0.25 , 0.625, 0.625,   nan])
+    array([0.33333333, 0.83333333, 0.83333333,        nan])
 
     ```
     """
@@ -142,7 +146,7 @@ class DifficultyTracker:
         tie_P = tie[value_P]
         size = np.bincount(tie_P[tie_P >= 0])
         rank = np.append(np.cumsum(size) - (size - 1) / 2, np.nan)
-        self.difficulty = rank[tie_P] / len(mean_reward)
+        self.difficulty = rank[tie_P] / max(size.sum(), 1)
 
     def stats(self, prompt_ids: np.ndarray) -> PromptStats:
         """What a budget rule gets of these prompts, of shape `(B,)`."""

@@ -1,5 +1,7 @@
 """A temperature for each prompt by its difficulty: in sampling, in the loss, in what is logged."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,23 @@ def test_harder_is_hotter_and_within_the_clamps(difficulty, temperature, spread)
     assert (np.diff(temperatures) >= 0).all()
     assert (temperatures.min() >= 0.1, temperatures.max() <= 2.0) == (True, True)
     assert spread_temperatures(np.array([np.nan, 0.5]), temperature, spread, 0.1, 2.0) == pytest.approx(temperature)
+
+
+def test_after_a_pass_over_a_part_of_the_prompts_the_hardest_known_is_hotter_than_an_unknown_one(make_trainer):
+    """Its rank among the sampled was divided by the size of the dataset, so all that were known got cooler."""
+    settings = {"prompt_selection_ratio": 0.25, "max_steps": 3, "train_dataset": make_dataset(48)}
+    trainer = make_trainer(**settings, temperature_schedule="constant", temperature_spread=0.5)
+    trainer.train()
+    tracker, prompts = trainer.difficulty_tracker, np.arange(48)
+    tracker.update()
+    known = tracker.num_rollouts > 0
+    assert known.sum() == 3 * 4
+    temperatures = trainer.temperature_of(SimpleNamespace(indexed=True), prompts)
+    assert set(temperatures[~known]) == {1.0}
+    assert temperatures[known].min() < 1 < temperatures[known].max()
+    assert temperatures[known].mean() == pytest.approx(1, abs=0.5 / (2 * 12) + 1e-9)
+    means = tracker.mean_reward[known]
+    assert means[temperatures[known].argmax()] == means.min()
 
 
 def record_rows(trainer) -> list[dict]:

@@ -264,7 +264,7 @@ def test_what_a_rule_is_told():
     tracker.update()
     stats = tracker.stats(np.array([3, 1]))
     assert stats.success_rate == pytest.approx([NAN, 0.5], nan_ok=True)
-    assert stats.difficulty == pytest.approx([NAN, 0.5], nan_ok=True)
+    assert stats.difficulty == pytest.approx([NAN, 2 / 3], nan_ok=True)
     assert stats.num_rollouts.tolist() == [0, 2]
     assert stats.mean_success_rate == 0.5
     restored = DifficultyTracker(4)

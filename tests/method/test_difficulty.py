@@ -13,7 +13,7 @@ def test_ranks_by_cumulative_mean_with_shared_ties():
     assert np.isnan(tracker.difficulty).all(), "ranks change only in update()"
     tracker.update()
     # means 2/3, 0, 0, 1, never sampled: ranks 2, 3.5, 3.5, 1, none
-    np.testing.assert_allclose(tracker.difficulty, [0.4, 0.7, 0.7, 0.2, np.nan])
+    np.testing.assert_allclose(tracker.difficulty, [2 / 4, 3.5 / 4, 3.5 / 4, 1 / 4, np.nan])
 
 
 def test_counts_are_cumulative_over_the_run():
@@ -33,11 +33,11 @@ def test_unscorable_rollouts_do_not_count():
 
 def test_starting_difficulty_stands_until_a_prompt_is_sampled():
     tracker = DifficultyTracker(3, initial_difficulty=[1.0, 0.2, float("nan")])
-    np.testing.assert_allclose(tracker.difficulty, [2 / 3, 1 / 3, np.nan])
+    np.testing.assert_allclose(tracker.difficulty, [2 / 2, 1 / 2, np.nan])
     tracker.observe([1], [0.0])
     tracker.observe([0], [1.0])
     tracker.update()
-    np.testing.assert_allclose(tracker.difficulty, [1 / 3, 2 / 3, np.nan])
+    np.testing.assert_allclose(tracker.difficulty, [1 / 2, 2 / 2, np.nan])
 
 
 @given(

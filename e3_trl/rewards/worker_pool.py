@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from heapq import heappop, heappush, heapreplace
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +43,11 @@ class _Worker:
     """A worker process: the completion that it checks, until when it may, and the gold answers that it has parsed."""
 
     def __init__(self, timeout: float):
-        self.connection, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        # What is larger than the socket's buffer is only sent as the worker reads, and one that is stopped never does.
+        seconds, rest = divmod(timeout, 1)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
+        self.connection = Connection(ours.detach())
         with theirs:
             # Not multiprocessing: its "fork" copies a process with CUDA and threads, its "spawn" runs the main script
             # again, with all its imports. In a session of its own a worker does not see the terminal's Ctrl-C.
@@ -64,7 +70,8 @@ class _Worker:
 
     def start(self, index: int, completion: str, gold: str, describe: bool) -> None:
         request = {"completion": completion, "solution": gold, "new": gold not in self.golds, "describe": describe}
-        self.connection.send_bytes(json.dumps(request).encode())
+        # Not as ASCII, in which a Chinese character takes 6 bytes; a model may write half of a surrogate pair.
+        self.connection.send_bytes(json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass"))
         self.index, self.gold, self.deadline = index, gold, time.monotonic() + self.timeout
 
     def kill(self) -> None:
@@ -181,7 +188,7 @@ class _Call:
         worker.last_try = gold in self.failed
         try:
             worker.start(index, self.completions[index], gold, self.describe)
-        except OSError:  # it has died since its last answer
+        except OSError:  # it has died since its last answer, or reads nothing
             self.drop(worker)
             self.waiting.put_back(index, gold)
 

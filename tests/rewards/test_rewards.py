@@ -342,6 +342,24 @@ def test_a_gold_answer_survives_a_stall(make_pool, spy):
     assert all(verdict.checked for verdict in verdicts)
 
 
+def test_a_stopped_worker_is_not_waited_for_when_an_answer_is_larger_than_its_buffer(make_pool):
+    """`send_bytes` waited for it for ever: a buffer holds some 200 kB."""
+    pool = make_pool(timeout=1, size=1)
+    pool.check([""], ["1"])
+    worker = pool._workers[0].process
+    worker.send_signal(signal.SIGSTOP)
+    results = []
+    answers = [r"\boxed{7}" + "a" * 1_000_000, "数" * 400_000 + r"\ud800 \boxed{7}"]
+    thread = threading.Thread(target=lambda: results.extend(scores(pool.check(answers, ["7", "7"]))))
+    thread.start()
+    thread.join(30)
+    is_over = not thread.is_alive()
+    worker.kill()
+    thread.join()
+    assert is_over
+    assert results == [1.0, 1.0]
+
+
 def test_any_thread_and_several_at_once(make_pool):
     pool = make_pool(timeout=1)
     results = {}

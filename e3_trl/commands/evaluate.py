@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
-from ..evaluation.completions import CompletionSampler, SamplingConfig, score_completions
+from ..evaluation.completions import CompletionSampler, SamplingConfig, load_scorer, score_completions
 from ..evaluation.metrics import evaluation_report
-from ..evaluation.problems import load_problems
-from ..rewards import load_reward_func
+from ..evaluation.problems import answers_for, join_problems, load_problems
 from ..runs.report import write_json
 from . import mistakes_named
 
@@ -82,21 +81,22 @@ class EvaluationArguments(SamplingConfig):
 
 
 def load_benchmarks(args: EvaluationArguments) -> pd.DataFrame:
-    """The problems of all benchmarks: `prompt`, `solution` and `source`, the benchmark's name."""
-    problems = pd.concat([load_problems(name) for name in args.benchmarks], ignore_index=True)
+    """The problems of all benchmarks: `prompt`, `solution`, `source` (the benchmark's name) and their own columns."""
+    problems = join_problems([load_problems(name) for name in args.benchmarks])
     if "solution" not in problems or problems["solution"].isna().any():
         raise ValueError(f"benchmarks names {args.benchmarks}, and one has no answers. Add a column 'answer' to it.")
     unknown = set(args.sources) - set(problems["source"])
     if unknown:
         raise ValueError(f"sources names {sorted(unknown)}, and there are only {sorted(set(problems['source']))}.")
+    problems["solution"] = answers_for(args.reward_func, problems["solution"])
     return problems[problems["source"].isin(args.sources)].reset_index(drop=True) if args.sources else problems
 
 
 def evaluate(args: EvaluationArguments) -> dict:
     """Sample, score and report: see [`~e3_trl.evaluation.metrics.evaluation_report`]."""
     problems = load_benchmarks(args)
-    load_reward_func(args.reward_func)
     columns = problems.to_dict("list")
+    load_scorer(args.reward_func, list(columns))
     folder = Path(args.output_dir)
     # All of them first: what is wrong with the last model is said before the first is loaded.
     samplers = [CompletionSampler(model, columns["prompt"], args) for model in args.model_name_or_path]

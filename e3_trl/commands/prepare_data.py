@@ -10,13 +10,14 @@ Completions are written to the output folder chunk by chunk: the same command go
 
 In the end the folder holds `train.parquet`, `validation.parquet`, their dataset card `README.md`, `report.json`
 (settings and counts) and `difficulty.png`. The columns are `prompt`, `solution`, `source`, `accuracy` (share of the
-samples that are right) and `difficulty` = 1 - `accuracy`. Differs from the paper, whose data give the share: the
+samples that are right) and `difficulty` = 1 - `accuracy`, and those that `reward_func` names. Differs from the paper, whose data give the share: the
 trainer's `difficulty_column` takes 1 as the hardest, as k_i in Algorithm 1.
 
 `e3-trl train` takes the folder as its `dataset_name`. With `load_dataset`, name the files: datasets 5.2 caches a
 local folder with a card by its name alone, and would go on giving the data of an earlier run.
 """
 
+import inspect
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -32,9 +33,14 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from ..evaluation.completions import CompletionSampler, SamplingConfig, score_completions, tokenize_prompts
-from ..evaluation.problems import load_problems, normalize_problem, problem_text
-from ..rewards import load_reward_func
+from ..evaluation.completions import (
+    CompletionSampler,
+    SamplingConfig,
+    load_scorer,
+    score_completions,
+    tokenize_prompts,
+)
+from ..evaluation.problems import answers_for, join_problems, load_problems, normalize_problem, problem_text
 from ..runs.report import write_json
 from . import mistakes_named
 
@@ -43,6 +49,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+# Of the prepared data, before the accuracy.
+COLUMNS = ["prompt", "solution", "source"]
 # Of mathematics; Asymptote drawings and long numbers have fewer, down to 1.6.
 CHARACTERS_PER_TOKEN = 6000 / 2048
 
@@ -147,14 +155,16 @@ class PreparationArguments(SamplingConfig):
 
 
 def load_raw(args: PreparationArguments) -> pd.DataFrame:
-    """The problems of all datasets, as they are."""
+    """The problems of all datasets, with their own columns, and answers as the reward function reads them."""
     columns = {"prompt": args.problem_column, "solution": args.answer_column, "source": args.source_column}
     columns["num_correct"] = args.num_correct_column
     raw = [load_problems(name, "train", columns) for name in args.dataset_name]
     for name, frame in zip(args.dataset_name, raw, strict=True):
         if "solution" not in frame:
             raise ValueError(f"{name!r} (dataset_name) has no answers. Set answer_column.")
-    return pd.concat(raw, ignore_index=True)
+    problems = join_problems(raw)
+    problems["solution"] = answers_for(args.reward_func, problems["solution"])
+    return problems
 
 
 def drop_known(problems: pd.DataFrame, test_prompts: list, counts: dict) -> pd.DataFrame:
@@ -218,7 +228,6 @@ def split(problems: pd.DataFrame, per_source: int, rng: np.random.Generator) -> 
 
 def measure_accuracy(problems: pd.DataFrame, args: PreparationArguments) -> np.ndarray:
     """Share of right answers of each problem, NaN = unscorable."""
-    load_reward_func(args.reward_func)  # a wrong name is said before anything is sampled
     folder = Path(args.output_dir) / "sampling"
     sampler = CompletionSampler(args.model_name_or_path, problems["prompt"].tolist(), args)
     rows = sampler.sample(args.seed, folder / "completions.jsonl")
@@ -286,7 +295,7 @@ Made by `e3-trl prepare-data`, for [E3](https://huggingface.co/papers/2505.18573
 | column | meaning |
 |---|---|
 | `prompt` | the problem{chat} |
-| `solution` | its answer, as math-verify reads it |
+| `solution` | its answer, as the reward function reads it |
 | `source` | where it comes from |
 | `accuracy` | share of right answers among {num_samples}{by} |
 | `difficulty` | 1 - `accuracy`, so 1 = hardest: what the trainer's `difficulty_column: difficulty` expects |
@@ -378,6 +387,7 @@ def push(folder: Path, name: str) -> None:
 def main(args: PreparationArguments) -> None:
     raw = load_raw(args)
     test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
+    scorer = load_scorer(args.reward_func, list(raw))
     counts: dict = {}
     problems = drop_long(drop_known(raw, test_prompts, counts), args, counts)
     split(problems, args.validation_per_source, np.random.default_rng(0))  # what cannot be split is not sampled either
@@ -385,10 +395,12 @@ def main(args: PreparationArguments) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if args.num_correct_column is not None:
-        accuracy = given_accuracy(problems.pop("num_correct"), args)
+        accuracy = given_accuracy(problems["num_correct"], args)
     else:
         accuracy = measure_accuracy(problems, args)
-    problems = problems.assign(accuracy=accuracy, difficulty=1 - accuracy)
+    # The columns that training needs: the reward function's own among them.
+    asked = [name for name in inspect.signature(scorer).parameters if name in problems and name not in COLUMNS]
+    problems = problems[[*COLUMNS, *asked]].assign(accuracy=accuracy, difficulty=1 - accuracy)
     unscorable = problems["accuracy"].isna()
     counts["unscorable"] = int(unscorable.sum())
     problems = problems[~unscorable].reset_index(drop=True)

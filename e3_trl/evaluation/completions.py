@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from ..grpo.checks import REWARD_ARGUMENTS, check_reward_columns
 from ..rewards.accuracy import load_reward_func
 from ..runs.report import write_json
 
@@ -47,7 +49,8 @@ class SamplingConfig:
             `False`, as it is. Messages always go through the template.
         reward_func (`str`, *optional*, defaults to `"math_accuracy_reward"`):
             The reward function that tells right from wrong (above 0.5 is right): one of `e3_trl`, or a dotted path,
-            looked up from the current folder too.
+            looked up from the current folder too. As in training it gets the columns of the data by name, with the
+            answer as `solution`: for those of `e3_trl` marked as a formula, for any other as it stands.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights. `"auto"` = the checkpoint's.
         use_vllm (`bool`, *optional*):
@@ -293,6 +296,18 @@ class CompletionSampler:
         return completions
 
 
+def load_scorer(name: str, columns: list[str]) -> Callable:
+    """
+    The reward function that scores problems with these columns.
+
+    Raises:
+        `ValueError`: if there is none of that name, or it asks for something else.
+    """
+    function = load_reward_func(name)
+    check_reward_columns(function, columns, {"prompts", "completions", "log_metric"})
+    return function
+
+
 def score_completions(
     problems: dict[str, list], rows: list[dict], path: str | Path, config: SamplingConfig
 ) -> np.ndarray:
@@ -300,7 +315,9 @@ def score_completions(
     Score what [`CompletionSampler.sample`] returned, chunk by chunk into the JSON-lines file `path`.
 
     Args:
-        problems (`dict[str, list]`): columns of the problems, `prompt` among them, passed on as in training.
+        problems (`dict[str, list]`):
+            Columns of the problems, `prompt` among them, passed on as in training: those that have the name of one of
+            TRL's own arguments are not.
         rows (`list[dict]`): their completions.
         path (`str` or `Path`): file to write.
         config ([`SamplingConfig`]): names the reward function, and tells whether completions are messages to it.
@@ -308,7 +325,8 @@ def score_completions(
     Returns:
         `np.ndarray` of shape `(num_problems, num_samples)`: rewards, NaN = unscorable.
     """
-    function = load_reward_func(config.reward_func)
+    function = load_scorer(config.reward_func, list(problems))
+    passed_on = {name: values for name, values in problems.items() if name not in REWARD_ARGUMENTS | {"completion"}}
     texts_alone = not config.apply_chat_template and all(isinstance(prompt, str) for prompt in problems["prompt"])
 
     def score(chunk: range) -> list[dict]:
@@ -316,7 +334,7 @@ def score_completions(
         completions = texts if texts_alone else [[{"role": "assistant", "content": text}] for text in texts]
         columns = {
             name: [values[row] for row in chunk for _ in range(config.num_samples)]
-            for name, values in problems.items()
+            for name, values in passed_on.items()
         }
         logged = {}
         scores = function(
@@ -330,11 +348,11 @@ def score_completions(
             for first in range(0, len(scores), config.num_samples)
         ]
 
-    settings = {"reward_func": config.reward_func}
+    settings = {"reward_func": config.reward_func, "source": _fingerprint(_source(function))}
     settings |= {"completions": _fingerprint(rows), "problems": _fingerprint(problems)}
     label = f"Scoring with {config.reward_func}"
     path = Path(path)
-    # Unlike sampling, scoring costs little: with another reward or a corrected answer it begins anew.
+    # Unlike sampling, scoring costs little: with another or a mended reward, or a corrected answer, it begins anew.
     settings_path = path.with_suffix(".settings.json")
     if settings_path.exists() and json.loads(settings_path.read_text()) != settings:
         settings_path.unlink()
@@ -395,5 +413,16 @@ def _weights(model: str) -> list:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+def _source(function: Callable) -> str:
+    """Of the function's module, in which what it calls may have been mended; empty where there is none to read."""
+    for what in (inspect.getmodule(function), function):
+        try:
+            return inspect.getsource(what)
+        except (OSError, TypeError):  # of a notebook, or written in C
+            continue
+    return ""
+
+
 def _fingerprint(content) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    # What JSON does not know, such as a date in a column, by its text.
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 from datasets import load_dataset
 
+from ..rewards import REWARD_FUNCS
+
 
 # The first of these that a dataset has, in any case.
 COLUMNS = {
@@ -40,8 +42,8 @@ def load_problems(name: str, split: str = "test", columns: dict[str, str] | None
             are not found by their usual names.
 
     Returns:
-        `pd.DataFrame`: `prompt` (text or messages), `solution` (as [`mark_answer`] gives it; absent if the dataset
-        has none), `source` (the dataset's name if it has no such column), and the other columns asked for.
+        `pd.DataFrame`: `prompt` (text or messages), `solution` (the answer's text; absent if the dataset has none),
+        `source` (the dataset's name where it says none), the other columns asked for, and the dataset's own.
 
     Raises:
         `ValueError`: if there is no such file, split or column, or if a problem or an answer is missing.
@@ -73,12 +75,14 @@ def load_problems(name: str, split: str = "test", columns: dict[str, str] | None
                 f"{name!r} has no column {column!r} ({key}), only {dataset.column_names}. Name its column, or "
                 "rename it."
             )
-    frame = pd.DataFrame({key: dataset[column][:] for key, column in renamed.items()})
+    # As objects, so that numbers of a column that is empty in another dataset stay what they are.
+    own = {column: column for column in dataset.column_names}
+    frame = pd.DataFrame({key: dataset[column][:] for key, column in (own | renamed).items()}, dtype=object)
     for key in ("prompt", "solution"):
         if key in frame and frame[key].isna().any():
             raise ValueError(f"{name!r} has no {key} in row {frame[key].isna().idxmax()}. Fill it in or drop the row.")
     if "solution" in frame:
-        frame["solution"] = [mark_answer(_one_answer(answer, name)) for answer in frame["solution"]]
+        frame["solution"] = [_one_answer(answer, name) for answer in frame["solution"]]
     if "source" not in frame:
         frame["source"] = path.stem if path.suffix in FILE_KINDS else owner_name.rsplit("/", 1)[-1]
     return frame
@@ -91,6 +95,20 @@ def _one_answer(answer, name: str) -> str:
     if len(answer) != 1:
         raise ValueError(f"{name!r} has a row with {len(answer)} answers, {list(answer)!r}. Join them to one text.")
     return str(answer[0])
+
+
+def join_problems(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all, with `None` where a dataset has no such column."""
+    joined = pd.concat(frames, ignore_index=True)
+    return joined.astype(object).where(joined.notna(), None)
+
+
+def answers_for(reward_func: str, answers: list[str]) -> list[str]:
+    """
+    Answers as a reward function reads them: those of [`~e3_trl.rewards.REWARD_FUNCS`] as formulas, for math-verify,
+    any other as they stand.
+    """
+    return [mark_answer(answer) for answer in answers] if reward_func in REWARD_FUNCS else list(answers)
 
 
 def mark_answer(answer: str) -> str:

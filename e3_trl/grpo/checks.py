@@ -15,7 +15,7 @@ from ..runs.dashboards import DASHBOARDS
 
 
 # What TRL passes to every reward function besides the columns of the dataset.
-_REWARD_ARGUMENTS = {
+REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
 }  # fmt: skip
 
@@ -98,16 +98,28 @@ def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list
                 row = 1000 * index + batch["prompt"].is_null().index(True).as_py()
                 raise ValueError(f"The dataset's row {row} has no prompt. Fill it in, or drop the row.")
     for func in reward_funcs:
-        for parameter in inspect.signature(func).parameters.values():
-            required = parameter.default is parameter.empty and parameter.kind in (
-                parameter.POSITIONAL_OR_KEYWORD,
-                parameter.KEYWORD_ONLY,
+        check_reward_columns(func, columns)
+
+
+def check_reward_columns(func: Callable, columns: list[str], arguments: set[str] = REWARD_ARGUMENTS) -> None:
+    """
+    Raise `ValueError` if a reward function asks for a column that the data have not.
+
+    Args:
+        func (`Callable`): the reward function.
+        columns (`list[str]`): of the data.
+        arguments (`set[str]`, *optional*): what it is given besides. In training TRL's.
+    """
+    for parameter in inspect.signature(func).parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if required and parameter.name not in arguments | set(columns):
+            raise ValueError(
+                f"Reward function {get_callable_name(func)!r} needs a column {parameter.name!r}, but the dataset has "
+                f"only {list(columns)}. Add or rename the column, or choose another reward function."
             )
-            if required and parameter.name not in _REWARD_ARGUMENTS | set(columns):
-                raise ValueError(
-                    f"Reward function {get_callable_name(func)!r} needs a column {parameter.name!r}, but the dataset "
-                    f"has only {columns}. Add or rename the column, or choose another reward function."
-                )
 
 
 def reward_name(func) -> str:

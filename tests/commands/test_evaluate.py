@@ -4,6 +4,7 @@
 
 import importlib.util
 import json
+import linecache
 import os
 import shutil
 import subprocess
@@ -171,7 +172,8 @@ def test_olympiad_benchs_own_columns(tmp_path):
         "is_multiple_answer": False,
     }
     problems = load_problems(write_problems(tmp_path / "olympiad.jsonl", [row]))
-    assert problems["solution"].tolist() == ["$2$"]
+    assert problems["solution"].tolist() == ["2"]
+    assert problems["question"].tolist() == ["x?"], "for reward functions"
     with pytest.raises(ValueError, match=r"has a row with 2 answers, \['1', '2'\]. Join them"):
         load_problems(write_problems(tmp_path / "two.jsonl", [row | {"final_answer": ["1", "2"]}]))
 
@@ -185,6 +187,41 @@ def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monk
     config = SamplingConfig(num_samples=4)
     score_completions({"prompt": ["a"]}, [{"completions": ["b"] * 4}], tmp_path / "rewards.jsonl", config)
     assert "rewards/reward/unchecked is 25.00% in problems 0 to 0" in caplog.text
+
+
+def test_a_mended_reward_function_is_run_again(settings, generated, tmp_path, monkeypatch):
+    """Scores were kept under its name, and a mended one gave those of the broken one."""
+    monkeypatch.chdir(tmp_path)
+    source = (
+        "def share(): return {}\n\ndef mended_reward(completions, **kwargs): return [share()] * len(completions)\n"
+    )
+    for share, expected in ((0.0, 0), (1.0, 1)):
+        Path("mended.py").write_text(source.format(share))
+        sys.modules.pop("mended", None)
+        importlib.invalidate_caches()
+        linecache.checkcache()
+        main(EvaluationArguments(**settings | {"reward_func": "mended.mended_reward"}))
+        report = json.loads((Path(settings["output_dir"]) / "report.json").read_text())
+        assert report["benchmarks"]["average"]["pass@k"]["1"]["mean"] == expected
+    assert len(generated) == len(PROBLEMS), "sampled once"
+
+
+def reads_columns(completions, solution, answer, level, **kwargs):
+    """Compares text, and reads a column of its own."""
+    assert list(solution) == list(answer) == list(kwargs["problem"])
+    return [float(text == "x y" and number == 3) for text, number in zip(answer, level, strict=True)]
+
+
+def test_a_reward_function_gets_the_columns_and_the_answer_as_it_stands(settings, tmp_path):
+    rows = [
+        {"problem": text, "answer": text, "level": level, "completions": "not the model's"}
+        for text, level in (("x y", 3), ("7", 3), ("x y", 2))
+    ]
+    settings |= {"reward_func": "test_evaluate.reads_columns"}
+    settings["benchmarks"] = [write_problems(tmp_path / "levels.jsonl", rows)]
+    main(EvaluationArguments(**settings))
+    report = json.loads((Path(settings["output_dir"]) / "report.json").read_text())
+    assert report["benchmarks"]["levels"]["pass@k"]["1"]["mean"] == pytest.approx(1 / 3)
 
 
 KILLED = """
@@ -210,7 +247,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, generated):
     whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
     main(EvaluationArguments(**whole))
     generated.clear()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, json.dumps(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -331,6 +368,10 @@ def no_chat_template(folder: Path) -> str:
         ({"sources": ["aime"]}, r"sources names \['aime'\], and there are only \['long', 'short'\]"),
         ({"temperature": 0.0}, "temperature is 0.0.*Set it above 0"),
         ({"num_samples": 0}, "num_samples is 0. Set it to 1 or more"),
+        (
+            {"reward_func": "test_evaluate.reads_columns"},
+            "'reads_columns' needs a column 'level', but the dataset has",
+        ),
         ({"reward_func": "no.such.reward"}, "There is no reward function 'no.such.reward'.*Choose one of"),
         ({"model_name_or_path": no_chat_template}, "apply_chat_template is True, and .* has no chat template. Set"),
         ({"compare_with": ["nowhere"]}, "'nowhere', which holds no report.json. Evaluate"),

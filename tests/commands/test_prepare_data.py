@@ -274,14 +274,31 @@ def test_the_validation_data_are_drawn_before_the_balancing(settings, tmp_path):
 
 def test_unscorable_problems_are_left_out_and_counted(settings, monkeypatch):
     def some_none(completions, solution, **kwargs):
-        return [None if answer == "$4$" else 1.0 for answer in solution]
+        return [None if answer == "4" else 1.0 for answer in solution]
 
     monkeypatch.setattr("test_evaluate.enough_vowels", some_none)
     main(PreparationArguments(**settings | {"max_always_solved": 5, "validation_per_source": 1}))
     counts = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["counts"]
     assert counts["unscorable"] == 3
     assert counts["always_solved"] == {"found": 7, "dropped": 2}, "two are set aside"
-    assert "$4$" not in set(read(settings, "train")["solution"])
+    assert "4" not in set(read(settings, "train")["solution"])
+
+
+def reads_level(completions, solution, level, **kwargs):
+    return [float(number) for number in level]
+
+
+def test_the_columns_that_the_reward_function_names_are_kept(settings, tmp_path):
+    """Training asks for them too."""
+    rows = [{**problem, "level": index % 2, "other": 1} for index, problem in enumerate(PROBLEMS)]
+    settings["dataset_name"] = [write_problems(tmp_path / "levels.jsonl", rows)]
+    main(PreparationArguments(**settings | {"reward_func": "test_prepare_data.reads_level"}))
+    train = read(settings, "train")
+    assert list(train) == ["prompt", "solution", "source", "level", "accuracy", "difficulty"]
+    assert train["accuracy"].tolist() == train["level"].tolist()
+    assert set(train["solution"]) <= set("1234"), "as they stand"
+    main(PreparationArguments(**settings | {"reward_func": "math_accuracy_reward"}))
+    assert set(read(settings, "train")["solution"]) <= {f"${answer}$" for answer in "1234"}
 
 
 @pytest.mark.parametrize(

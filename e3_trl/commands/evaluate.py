@@ -52,7 +52,8 @@ class EvaluationArguments(SamplingConfig):
         method (`str`, *optional*):
             Name of the method in table and figure. If `None`, the first model's.
         compare_with (`list[str]`, *optional*):
-            Output folders of other methods' evaluations, to stand in the same table and figure.
+            Output folders of other methods' evaluations, to stand in the same table and figure. Methods of one name
+            are told apart by their folders.
         output_dir (`str`, *optional*, defaults to `"outputs/evaluation"`):
             Folder to write to, one per method.
     """
@@ -192,20 +193,38 @@ def draw(reports: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+def read_evaluation(folder: str) -> tuple[str, dict]:
+    """Method and benchmarks of an earlier evaluation."""
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"compare_with names {folder!r}, which holds no report.json. Evaluate that method first.")
+    content = json.loads(path.read_text())
+    if not {"method", "benchmarks"} <= content.keys():
+        raise ValueError(
+            f"compare_with names {folder!r}, whose report.json is of a training. Name the output_dir of its "
+            "evaluation."
+        )
+    return content["method"], content["benchmarks"]
+
+
+def unlike_names(methods: list[str], folders: list[str]) -> list[str]:
+    """Names of methods, with their folders where several have the same: checkpoints of two runs, above all."""
+    return [
+        f"{method} ({folder})" if methods.count(method) > 1 else method
+        for method, folder in zip(methods, folders, strict=True)
+    ]
+
+
 def main(args: EvaluationArguments) -> None:
-    others = {}
-    for other in args.compare_with:
-        path = Path(other) / "report.json"
-        if not path.is_file():
-            raise ValueError(f"compare_with names {other!r}, which holds no report.json. Evaluate that method first.")
-        content = json.loads(path.read_text())
-        others[content["method"]] = content["benchmarks"]
+    others = [read_evaluation(folder) for folder in args.compare_with]
     report = evaluate(args)
     folder = Path(args.output_dir)
     method = args.method or Path(args.model_name_or_path[0]).name
     write_json(folder / "report.json", {"method": method, "benchmarks": report, "settings": asdict(args)})
 
-    reports, k = {**others, method: report}, args.num_samples
+    names, results = zip(*others, (method, report), strict=True)
+    names = unlike_names(list(names), [*args.compare_with, args.output_dir])
+    reports, method, k = dict(zip(names, results, strict=True)), names[-1], args.num_samples
     Console(width=110).print(*tables(reports, method, k, box.HEAVY_HEAD))
     markdown = Console(file=io.StringIO(), width=1000)
     markdown.print(*tables(reports, method, k, box.MARKDOWN))

@@ -10,8 +10,8 @@ Completions are written to the output folder chunk by chunk: the same command go
 
 In the end the folder holds `train.parquet`, `validation.parquet`, their dataset card `README.md`, `report.json`
 (settings and counts) and `difficulty.png`. The columns are `prompt`, `solution`, `source`, `accuracy` (share of the
-samples that are right) and `difficulty` = 1 - `accuracy`, and those that `reward_func` names. Differs from the paper, whose data give the share: the
-trainer's `difficulty_column` takes 1 as the hardest, as k_i in Algorithm 1.
+samples that are right) and `difficulty` = 1 - `accuracy`, and those that `reward_func` names. Differs from the paper,
+whose data give the share: the trainer's `difficulty_column` takes 1 as the hardest, as k_i in Algorithm 1.
 
 `e3-trl train` takes the folder as its `dataset_name`. With `load_dataset`, name the files: datasets 5.2 caches a
 local folder with a card by its name alone, and would go on giving the data of an earlier run.

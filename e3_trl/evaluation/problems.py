@@ -83,8 +83,9 @@ def load_problems(name: str, split: str = "test", columns: dict[str, str] | None
             raise ValueError(f"{name!r} has no {key} in row {frame[key].isna().idxmax()}. Fill it in or drop the row.")
     if "solution" in frame:
         frame["solution"] = [_one_answer(answer, name) for answer in frame["solution"]]
-    if "source" not in frame:
-        frame["source"] = path.stem if path.suffix in FILE_KINDS else owner_name.rsplit("/", 1)[-1]
+    whole = path.stem if path.suffix in FILE_KINDS else owner_name.rsplit("/", 1)[-1]
+    sources = frame["source"] if "source" in frame else [None] * len(frame)
+    frame["source"] = [whole if source is None or source != source else str(source) for source in sources]  # or NaN
     return frame
 
 

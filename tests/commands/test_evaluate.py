@@ -134,6 +134,31 @@ def test_what_is_on_disk_is_not_sampled_again_and_compares(settings, generated, 
     assert "first" in out.rsplit("pass@1 / pass@4", 1)[1]
 
 
+def test_two_methods_of_one_name_both_stand_in_the_table(settings):
+    """`outputs/grpo/checkpoint-480` and `outputs/e3/checkpoint-480`: one of them was lost."""
+    names = {}
+    for name in ("grpo", "e3", "dapo"):
+        names[name] = settings | {"output_dir": f"{settings['output_dir']}-{name}"}
+        compare_with = [other["output_dir"] for other in names.values()][:-1]
+        method = "dapo" if name == "dapo" else "checkpoint-480"
+        main(EvaluationArguments(**names[name], method=method, compare_with=compare_with))
+    table = (Path(names["dapo"]["output_dir"]) / "table.md").read_text().split("[95%")[0]
+    folders = [names[name]["output_dir"] for name in ("grpo", "e3")]
+    assert [
+        line.split(" | ")[0].rstrip() for line in table.splitlines() if "checkpoint" in line or "| dapo" in line
+    ] == [
+        *(f"| checkpoint-480 ({folder})" for folder in folders),
+        "| dapo",
+    ]
+
+
+def test_a_trainings_folder_is_no_evaluation(settings, tmp_path):
+    """A bare KeyError."""
+    (tmp_path / "report.json").write_text('{"seed": 0, "step": 480, "settings": {}, "metrics": {}}')
+    with pytest.raises(ValueError, match="whose report.json is of a training. Name the output_dir of its evaluation"):
+        main(EvaluationArguments(**settings, compare_with=[str(tmp_path)]))
+
+
 def test_methods_of_other_benchmarks_stand_side_by_side_and_their_averages_do_not():
     def result(share):
         return {"pass@k": {"1": {"mean": share, "low": share, "high": share}}}
@@ -178,6 +203,17 @@ def test_olympiad_benchs_own_columns(tmp_path):
         load_problems(write_problems(tmp_path / "two.jsonl", [row | {"final_answer": ["1", "2"]}]))
 
 
+def test_rows_without_a_source_belong_to_the_whole_dataset(settings, tmp_path):
+    """They vanished from the report, and ended `prepare-data` in a TypeError when all was sampled."""
+    sources = ["short", None, "short", None, None, "2024"]
+    rows = [problem | {"source": source} for problem, source in zip(PROBLEMS, sources, strict=True)]
+    settings["benchmarks"] = [write_problems(tmp_path / "mixed.jsonl", rows)]
+    assert load_problems(settings["benchmarks"][0])["source"].tolist() == [source or "mixed" for source in sources]
+    main(EvaluationArguments(**settings))
+    report = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["benchmarks"]
+    assert {name: row["problems"] for name, row in report.items()} == {"short": 2, "mixed": 3, "2024": 1, "average": 6}
+
+
 def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monkeypatch, caplog):
     def reward(completions, log_metric, **kwargs):
         log_metric("rewards/reward/unchecked", 0.25)
@@ -192,9 +228,7 @@ def test_a_completion_that_could_not_be_checked_is_told(settings, tmp_path, monk
 def test_a_mended_reward_function_is_run_again(settings, generated, tmp_path, monkeypatch):
     """Scores were kept under its name, and a mended one gave those of the broken one."""
     monkeypatch.chdir(tmp_path)
-    source = (
-        "def share(): return {}\n\ndef mended_reward(completions, **kwargs): return [share()] * len(completions)\n"
-    )
+    source = "share = lambda: {}\n\ndef mended_reward(completions, **kwargs): return [share()] * len(completions)"
     for share, expected in ((0.0, 0), (1.0, 1)):
         Path("mended.py").write_text(source.format(share))
         sys.modules.pop("mended", None)
@@ -370,7 +404,7 @@ def no_chat_template(folder: Path) -> str:
         ({"num_samples": 0}, "num_samples is 0. Set it to 1 or more"),
         (
             {"reward_func": "test_evaluate.reads_columns"},
-            "'reads_columns' needs a column 'level', but the dataset has",
+            "'reads_columns' needs a column 'level', but the",
         ),
         ({"reward_func": "no.such.reward"}, "There is no reward function 'no.such.reward'.*Choose one of"),
         ({"model_name_or_path": no_chat_template}, "apply_chat_template is True, and .* has no chat template. Set"),

@@ -171,6 +171,7 @@ def test_every_command_of_the_reproduction_is_understood(monkeypatch):
             TrlParser(fields).parse_args_and_config([*arguments, "--use_vllm", "false"])
 
 
+@pytest.mark.slow
 def test_the_readme_has_the_table_that_the_script_prints_and_every_recipe_fits():
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     from e3_trl.commands.memory import FITS, estimate, table

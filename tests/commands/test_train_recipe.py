@@ -167,6 +167,7 @@ def test_what_cannot_be_sent_costs_nothing(make_trainer, monkeypatch, caplog):
         assert caplog.text.count(message) == 1, "once, not with each log"
 
 
+@pytest.mark.slow
 def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
     path = recipe(
         dataset_name=str(tmp_path / "data"),

@@ -449,6 +449,7 @@ pool.check(["", ""], ["1", "1"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
     ("answer", "timeout"),

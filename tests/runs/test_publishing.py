@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +13,7 @@ import huggingface_hub.hf_api
 import pytest
 import torch
 import yaml
-from conftest import make_dataset
+from conftest import build_trainer, make_dataset
 from hub_server import READ, WRITE, Hub
 from huggingface_hub import ModelCard, constants
 from trl import ModelConfig
@@ -89,15 +90,21 @@ def write_recipe(tmp_path, token, model_path) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
-@pytest.fixture
-def folder(make_trainer, tmp_path):
+@pytest.fixture(scope="module")
+def trained(model_path, tmp_path_factory):
     """The folder of a finished run of 2 steps."""
-    trainer = make_trainer(max_steps=2)
+    trainer = build_trainer(model_path, tmp_path_factory.mktemp("trained") / "run", max_steps=2)
     trainer.train()
     trainer.save_state()
     trainer.save_model()
     trainer.create_model_card("run")
-    return tmp_path / "run"
+    return trainer.args.output_dir
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """The same, for the test alone."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.mark.slow

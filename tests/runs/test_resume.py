@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import logged, make_dataset, vowel_reward
+from conftest import build_trainer, logged, make_dataset, vowel_reward
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -115,11 +115,17 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, kill, t
     assert_same_run(resumed, whole)
 
 
+@pytest.fixture(scope="module")
+def trained(model_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    build_trainer(model_path, folder, save_strategy="steps", save_steps=6, max_steps=6).train()
+    return folder
+
+
 @pytest.fixture
-def checkpoint(make_trainer):
-    trainer = make_trainer(save_strategy="steps", save_steps=6, max_steps=6)
-    trainer.train()
-    return Path(trainer.args.output_dir) / "checkpoint-6"
+def checkpoint(trained, tmp_path):
+    """Of a run in the folder that the test's own trainers write to."""
+    return Path(shutil.copytree(trained, tmp_path / "run")) / "checkpoint-6"
 
 
 def test_state_is_json_and_safetensors(checkpoint):

@@ -236,7 +236,7 @@ class E3GRPOConfig(FastGRPOConfig):
     )
 
     fixed_settings: ClassVar[tuple[str, ...]] = (
-        *FastGRPOConfig.fixed_settings, "difficulty_reward_func", "prompt_selection_ratio",
+        *FastGRPOConfig.fixed_settings, "prompt_selection_ratio",
     )  # fmt: skip
     _settings: ClassVar = [*FastGRPOConfig._settings, *SETTINGS]
     _combinations: ClassVar = [*FastGRPOConfig._combinations, *COMBINATIONS]

@@ -152,6 +152,11 @@ class E3GRPOTrainer(FastGRPOTrainer):
         callbacks = self.callback_handler.callbacks
         return next((callback.schedule for callback in callbacks if isinstance(callback, TemperatureCallback)), None)
 
+    @property
+    def fixed_settings(self) -> dict:
+        """What a run cannot change on its way: of the function whose rewards are counted the name, not its place."""
+        return super().fixed_settings | {"difficulty_reward_func": self.reward_func_names[self.correctness_column]}
+
     def difficulty_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> np.ndarray:
         """Difficulty that the batch's budgets came from, in (0, 1], NaN = not known; of the shape of `prompt_ids`."""
         return self.difficulty_tracker.difficulty[prompt_ids] if batch.indexed else np.full(len(prompt_ids), np.nan)

@@ -1,5 +1,6 @@
 """Configuration of [`FastGRPOTrainer`]: TRL's [`~trl.GRPOConfig`] and what makes it quicker."""
 
+import copy
 import importlib.metadata
 import math
 import os
@@ -146,6 +147,16 @@ class FastGRPOConfig(GRPOConfig):
         return without_secrets(super().to_dict())
 
     def __getstate__(self) -> dict:
-        # transformers pickles its arguments beside the model, and pushes that file with every save (`push_to_hub`).
-        # What is missing has its default after unpickling.
+        # transformers pickles its arguments beside the model. What is missing has its default after unpickling.
         return without_secrets(self.__dict__)
+
+    def __copy__(self) -> "FastGRPOConfig":
+        return self._with(dict(self.__dict__))  # a copy stays here, and needs its tokens
+
+    def __deepcopy__(self, memo: dict) -> "FastGRPOConfig":
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, state: dict) -> "FastGRPOConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(state)
+        return copied

@@ -5,12 +5,15 @@ from contextlib import nullcontext
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import GRPOTrainer
 
 from ..runs.checkpoint import dataset_fingerprint
 from ..runs.lifecycle import Lifecycle, full_disk_named
 from ..runs.lock import held
+from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .checks import EngineCheckCallback, check_data
@@ -51,7 +54,8 @@ class FastGRPOTrainer(GRPOTrainer):
     | `_get_per_token_logps_and_entropies` | give the loss the forward pass that was made for it |
     | `_compute_loss` | one forward pass, then TRL's loss; micro-steps without rows, or with fewer |
     | `evaluation_loop` | evaluate at `eval_temperature`, in one engine call; log pass@1 and pass@k, by set |
-    | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint |
+    | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint; settings that changed |
+    | `_load_from_checkpoint` | the adapter that is trained, also beside others |
     | `_push_from_checkpoint`, `push_to_hub` | send what is listed, and no file that happens to lie there |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
 
@@ -161,6 +165,11 @@ class FastGRPOTrainer(GRPOTrainer):
         """Whether the rows are text alone, and the trainer samples them itself: then equal prompts are equal rows."""
         return not self._is_vlm and self.environment_factories is None and self.rollout_func is None
 
+    @property
+    def fixed_settings(self) -> dict:
+        """What a run cannot change on its way, by name."""
+        return {name: getattr(self.args, name) for name in self.args.fixed_settings}
+
     def add_metric(self, name: str, value: float) -> None:
         """Log a number with TRL's own metrics, as the mean over the logging interval."""
         self._metrics["train" if self.evaluation is None else "eval"][name].append(value)
@@ -264,6 +273,7 @@ class FastGRPOTrainer(GRPOTrainer):
     # --- evaluation
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        self._metrics["eval"].clear()  # those of `predict`, which logs none
         evaluation = self.evaluation = Evaluation(dataloader.dataset)
         seeded = ahead = nullcontext()
         if not self.is_in_train:  # the best weights, say, are of no step that the engine knows
@@ -289,7 +299,8 @@ class FastGRPOTrainer(GRPOTrainer):
     # --- the run, its checkpoints and its card
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self.loss_steps.reset()  # a run that was interrupted leaves half a window
+        self.loss_steps.reset()  # a run that was interrupted leaves half a window, and numbers that nobody logged
+        self._metrics["train"].clear()
         with held(self.args.output_dir, self.is_world_process_zero()):
             checkpoint = self.lifecycle.choose_checkpoint(resume_from_checkpoint)
             if checkpoint is None:
@@ -330,8 +341,16 @@ class FastGRPOTrainer(GRPOTrainer):
         with only_what_is_listed(self.args.output_dir):
             return super().push_to_hub(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = model or self.model
+        # Beside adapters in folders of their own (`ref`), transformers forgets the one that is trained.
+        if isinstance(model, PeftModel) and os.path.exists(os.path.join(resume_from_checkpoint, ADAPTER_CONFIG_NAME)):
+            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with settings_kept(self):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.lifecycle.resume(checkpoint)
 

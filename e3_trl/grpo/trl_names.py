@@ -20,6 +20,7 @@ METHODS = {
             "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
         ),
         "_get_train_sampler": ("dataset",),
+        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
         "_load_optimizer_and_scheduler": ("checkpoint",),
         "_prepare_inputs": ("generation_batch",),
         "_push_from_checkpoint": ("checkpoint_folder",),

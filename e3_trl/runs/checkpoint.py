@@ -96,6 +96,20 @@ def check_weights(folder: str | Path, names: set[str]) -> None:
         )
 
 
+def check_optimizer(folder: str | Path) -> None:
+    """
+    Raise `ValueError` if the checkpoint holds a model alone (`save_only_model`): transformers then begins optimizer
+    and learning rate anew, without a word.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not (any(folder.glob("*optimizer*")) and (folder / "scheduler.pt").exists()):
+        raise ValueError(
+            f"{folder} holds a model without its optimizer and learning-rate schedule, as save_only_model leaves it: "
+            f"the run would not go on where it was. Start a new run from it (model_name_or_path: {folder}), in "
+            "another output_dir."
+        )
+
+
 def is_resharded(folder: str | Path, num_processes: int, deepspeed: bool) -> bool:
     """
     Whether the checkpoint is resumed by another number of processes than saved it, from DeepSpeed's universal format.

@@ -10,14 +10,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Protocol
 
+import safetensors.torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from . import checkpoint as checkpoints
+from .optimizer import takes_changes
 from .run_folder import (
     PREFIX_CHECKPOINT_DIR,
     PROCESS_STATE_FILE,
+    REFERENCE_FILE,
     STATE_FILE,
     complete_checkpoints,
     enter_folder,
@@ -97,6 +100,8 @@ class Lifecycle:
         plugin = trainer.accelerator.state.deepspeed_plugin
         if checkpoints.is_resharded(resume_from_checkpoint, trainer.accelerator.num_processes, plugin is not None):
             plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            checkpoints.check_optimizer(resume_from_checkpoint)
         return resume_from_checkpoint
 
     def begin(self) -> None:
@@ -144,6 +149,7 @@ class Lifecycle:
             state = {"parts": {}}
         else:
             self._check(checkpoint, state)
+            self._restore_reference(checkpoint, state)
             trainer.go_to(state["num_generation_batches"], state["window_step"])
             if state["window_step"] != 0:
                 self._restore_process(checkpoint)
@@ -163,11 +169,19 @@ class Lifecycle:
         if state["window_step"] != 0:
             settings |= self._window_settings()
         for name, value in settings.items():
-            before = state["settings"].get(name, value)
-            if before != value:
+            before = state["settings"].get(name)
+            if before not in (None, value):  # None: saved by a version that did not look at it
                 raise ValueError(
                     f"{name} is {value}, and was {before} when {checkpoint} was saved: which prompts come when, or "
                     f"what has been counted of them, would no longer be right. Set it to {before}, or start a new run."
+                )
+        for name, value in self._optimizer_settings().items():
+            before = state["settings"].get(name)
+            if before not in (None, value) and not takes_changes(self.trainer):
+                raise ValueError(
+                    f"{name} is {value}, and was {before} when {checkpoint} was saved, and DeepSpeed, or this "
+                    f"lr_scheduler_type, restores it with the optimizer. Set it to {before}, or start a new run from "
+                    f"the checkpoint (model_name_or_path: {checkpoint}), in another output_dir."
                 )
 
     def _fixed_settings(self) -> dict:
@@ -175,13 +189,21 @@ class Lifecycle:
         args = self.trainer.args
         # A checkpoint is after so many optimizer steps, whose micro-steps are those of so many generation batches.
         ratio = args.gradient_accumulation_steps / args.steps_per_generation
-        fixed = {name: getattr(args, name) for name in args.fixed_settings}
-        return fixed | {"gradient_accumulation_steps / steps_per_generation": ratio}
+        return self.trainer.fixed_settings | {"gradient_accumulation_steps / steps_per_generation": ratio}
+
+    def _optimizer_settings(self) -> dict:
+        """What a checkpoint's optimizer brings along, see [`~e3_trl.runs.optimizer.settings_kept`]."""
+        names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        return {name: getattr(self.trainer.args, name) for name in names}
 
     def _window_settings(self) -> dict:
         """What decides how a generation batch is cut: it cannot change inside one."""
         names = ("per_device_train_batch_size", "steps_per_generation")
         return {name: getattr(self.trainer.args, name) for name in names}
+
+    def _settings_to_save(self) -> dict:
+        settings = self._fixed_settings() | self._window_settings() | self._optimizer_settings()
+        return settings | {"sync_ref_model": self.trainer.args.sync_ref_model}
 
     def _restore_process(self, checkpoint: str) -> None:
         accelerator = self.trainer.accelerator
@@ -193,6 +215,22 @@ class Lifecycle:
             )
         for name, part in self.parts_of_process.items():
             part.restore(state[name])
+
+    def _keeps_reference(self) -> bool:
+        """Whether the reference model changes (`sync_ref_model`), and lies whole in this process."""
+        trainer = self.trainer
+        return trainer.args.sync_ref_model and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+    def _restore_reference(self, checkpoint: str, state: dict) -> None:
+        trainer, path = self.trainer, Path(checkpoint) / REFERENCE_FILE
+        if trainer.ref_model is not None and path.exists():
+            safetensors.torch.load_model(trainer.accelerator.unwrap_model(trainer.ref_model), path)
+        elif trainer.args.sync_ref_model and state["settings"].get("sync_ref_model", True):
+            raise ValueError(
+                f"sync_ref_model is True, and {checkpoint} holds no reference model (with DeepSpeed and FSDP none is "
+                "saved): it would be the model that the run began with again. Set it to False, or start a new run "
+                f"from the checkpoint (model_name_or_path: {checkpoint}), in another output_dir."
+            )
 
     def _enter_folder(self, old_id: str | None = None, step: int = 0) -> None:
         """Make the output folder that of the run, which is new or goes on from `step` of the run `old_id`."""
@@ -216,10 +254,14 @@ class Lifecycle:
             checkpoints.save_state(Path(folder) / name, state)
         if trainer.args.should_save:
             keep_order(Path(folder).parent)
+            if self._keeps_reference():
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+                safetensors.torch.save_model(reference, Path(folder) / REFERENCE_FILE)
             state = {
                 "run_id": self.run_id,
                 "dataset": self.dataset_id,
-                "settings": self._fixed_settings() | self._window_settings(),
+                "settings": self._settings_to_save(),
                 "num_processes": trainer.accelerator.num_processes,
                 "num_generation_batches": trainer.num_generation_batches,
                 "window_step": trainer.window_step,

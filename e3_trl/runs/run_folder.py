@@ -37,6 +37,7 @@ ACCOUNT_FILES = ("README.md", ARGS_FILE, REPORT_FILE, TRAINER_STATE_NAME, ROLLOU
 COMPLETION_FILES = ("completions/*.parquet",)  # of TRL's `log_completions`: what the data and the model say
 # Of a checkpoint: what all processes share, and what each has. JSON, and beside it the arrays of it.
 STATE_FILE = "run_state.json"
+REFERENCE_FILE = "ref_model.safetensors"  # of `sync_ref_model`
 PROCESS_STATE_FILE = "run_state_of_process_{process_index}.json"
 
 

@@ -1,5 +1,7 @@
 """FastGRPOTrainer alone: TRL's GRPOTrainer with another class name. Gradients are in test_micro_batches.py."""
 
+import copy
+import pickle
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -209,3 +211,26 @@ def test_e3s_config_trains_without_e3(make_trainer):
     trainer = make_trainer(FastGRPOTrainer, E3GRPOConfig, max_steps=2)
     trainer.train()
     assert trainer.temperature == 1.0
+
+
+def test_a_prediction_leaves_nothing_to_the_next_evaluation(make_trainer):
+    """Its pass@1 was averaged into that of the evaluation."""
+
+    def right_for_the_first(prompts, completions, **kwargs):
+        return [float(prompt.startswith("say a")) for prompt in prompts]
+
+    data = make_dataset(4)
+    trainer = make_trainer(FastGRPOTrainer, reward_funcs=right_for_the_first, eval_dataset=data.select([1, 2, 3]))
+    trainer.predict(data.select([0]))
+    assert trainer.evaluate()["eval_pass@1"] == 0.0
+
+
+def test_a_copy_of_the_arguments_keeps_its_tokens_and_the_file_has_none(make_trainer):
+    """`copy.deepcopy(args)` lost them: it asks for what is pickled, from which they are removed."""
+    args = make_trainer(FastGRPOTrainer, hub_token="t", model_init_kwargs={"token": "t"}).args
+    for copied in (copy.copy(args), copy.deepcopy(args)):
+        assert (copied.hub_token, copied.model_init_kwargs) == ("t", {"token": "t"})
+        assert (type(copied), copied) == (type(args), args)
+    assert copy.deepcopy(args).model_init_kwargs is not args.model_init_kwargs
+    pickled = pickle.loads(pickle.dumps(args))
+    assert (pickled.hub_token, pickled.model_init_kwargs) == (None, {})

@@ -14,9 +14,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import build_trainer, logged, make_dataset, vowel_reward
+from conftest import build_trainer, length_reward, logged, make_dataset, vowel_reward
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import TemperatureCallback, TemperatureSchedule
@@ -575,7 +576,15 @@ def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_st
         ({"num_iterations": 2}, "num_iterations is 2, and was 1"),
         ({"prompt_selection_ratio": 0.5}, "prompt_selection_ratio is 0.5, and was 1.0"),
         ({"shuffle_dataset": False}, "shuffle_dataset is False, and was True"),
-        ({"difficulty_reward_func": "vowel_reward"}, "difficulty_reward_func is vowel_reward, and was None"),
+        (
+            {"difficulty_reward_func": "length_reward", "reward_funcs": [vowel_reward, length_reward]},
+            "difficulty_reward_func is length_reward, and was vowel_reward",
+        ),
+        # It went on counting another function's rewards on top of the first's.
+        (
+            {"reward_funcs": [length_reward, vowel_reward]},
+            "difficulty_reward_func is length_reward, and was vowel_reward",
+        ),
         ({"per_device_train_batch_size": 32}, "generation_batch_size is 32, and was 16"),
         # The data would go on at another place of the pass than the budgets.
         (
@@ -762,3 +771,95 @@ def test_all_processes_raise_where_one_finds_the_folder_taken(tmp_path, monkeypa
     with pytest.raises(ValueError, match="taken"), lock.held(tmp_path, is_main=False):
         pass
     assert not (tmp_path / "_run.lock").exists()
+
+
+# --- what transformers does not restore
+
+
+def test_a_trained_adapter_beside_its_reference_is_restored(make_trainer, model_path, tmp_path):
+    """transformers loaded the checkpoint's folder `ref/` alone: the trained adapter was that of the start."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config).save_pretrained(tmp_path / "adapter")
+    settings = {"beta": 0.1, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+
+    def make(output_dir):
+        base = AutoModelForCausalLM.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        return make_trainer(model=model, processing_class=tokenizer, output_dir=output_dir, **settings)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    assert (tmp_path / "whole" / "checkpoint-4" / "ref").is_dir()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name in ("kl", "loss", "grad_norm"):
+        assert logged(resumed, name) == logged(whole, name)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad, name
+
+
+def test_a_checkpoint_of_a_model_alone_is_refused(make_trainer):
+    """Adam and the learning rate began anew, without a word."""
+    run = make_trainer(max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True)
+    run.train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds a model without its optimizer .* \(model_name_or_path"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_reference_model_that_follows_the_policy_is_restored(make_trainer, tmp_path):
+    """It was the first model again."""
+    follows = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, **follows}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "kl") == logged(whole, "kl")
+    for a, b in zip(whole.ref_model.parameters(), resumed.ref_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (checkpoint / "ref_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="sync_ref_model is True, and .*checkpoint-4 holds no reference model"):
+        make_trainer(**settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_learning_rate_that_changed_is_where_its_schedule_is_by_then(make_trainer, checkpoint):
+    resumed = make_trainer(learning_rate=1e-3, max_steps=12, weight_decay=0.2, adam_beta1=0.5)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "learning_rate")[6:] == pytest.approx([1e-3 * (12 - step) / 12 for step in range(6, 12)])
+    groups = resumed.optimizer.param_groups
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.2, (0.5, 0.999)), (0, (0.5, 0.999))]
+
+
+def test_a_schedule_that_keeps_the_learning_rate_to_itself_refuses_another(make_trainer):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_dataset": make_dataset(4)}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(**settings, metric_for_best_model="reward").train()
+    with pytest.raises(ValueError, match=r"learning_rate is 0.5, and was 0.01 when .*restores it with the optimizer"):
+        make_trainer(**settings, learning_rate=0.5).train(resume_from_checkpoint=True)
+
+
+def test_a_run_interrupted_and_resumed_in_one_object_logs_its_steps_once(make_trainer):
+    """What the interrupted one had not logged yet was averaged into the first log after it."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "logging_steps": 4}
+    whole = make_trainer(output_dir="whole", **settings)
+    whole.train()
+    trainer, interrupt = make_trainer(**settings), Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train(resume_from_checkpoint=True)
+    histories = [
+        [{key: value for key, value in entry.items() if key not in MEASURED_TIMES} for entry in run.state.log_history]
+        for run in (trainer, whole)
+    ]
+    assert histories[0][:-1] == histories[1][:-1]

@@ -26,7 +26,7 @@ from trl import TrlParser
 from ..evaluation.completions import CompletionSampler, SamplingConfig, load_scorer, score_completions
 from ..evaluation.metrics import evaluation_report
 from ..evaluation.problems import answers_for, join_problems, load_problems
-from ..runs.report import write_json
+from ..runs.report import read_report, write_json
 from . import mistakes_named
 
 
@@ -215,12 +215,20 @@ def unlike_names(methods: list[str], folders: list[str]) -> list[str]:
     ]
 
 
+def write_report(folder: Path, method: str, benchmarks: dict, settings: dict) -> None:
+    """Write `report.json`. In a run's own folder it keeps what the training has said, its `settings` among it."""
+    report = read_report(folder)
+    of_a_run = report if "step" in report else {}
+    name = "evaluation" if of_a_run else "settings"
+    write_json(folder / "report.json", {**of_a_run, "method": method, "benchmarks": benchmarks, name: settings})
+
+
 def main(args: EvaluationArguments) -> None:
     others = [read_evaluation(folder) for folder in args.compare_with]
     report = evaluate(args)
     folder = Path(args.output_dir)
     method = args.method or Path(args.model_name_or_path[0]).name
-    write_json(folder / "report.json", {"method": method, "benchmarks": report, "settings": asdict(args)})
+    write_report(folder, method, report, asdict(args))
 
     names, results = zip(*others, (method, report), strict=True)
     names = unlike_names(list(names), [*args.compare_with, args.output_dir])

@@ -21,7 +21,7 @@ from rich import box
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from e3_trl.commands.evaluate import EvaluationArguments, compare_table, main
+from e3_trl.commands.evaluate import EvaluationArguments, compare_table, main, write_report
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig, score_completions, write_in_chunks
 from e3_trl.evaluation.problems import load_problems, mark_answer
 
@@ -458,3 +458,19 @@ def test_bare_answers_are_scored_as_formulas(tmp_path, answer, written):
     problems = {"prompt": ["?"], "solution": [mark_answer(answer)]}
     rewards = score_completions(problems, rows, tmp_path / "rewards.jsonl", SamplingConfig(num_samples=3))
     assert rewards.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_an_evaluation_into_a_runs_folder_adds_to_its_report(tmp_path):
+    """It was written over: seed, settings and metrics of the training were gone, from the card too."""
+    of_the_run = {"seed": 7, "step": 4, "settings": {"beta": 0.1}, "metrics": {"reward": 0.5}}
+    (tmp_path / "report.json").write_text(json.dumps(of_the_run))
+    for value in (0.5, 0.75):
+        write_report(tmp_path, "e3", {"aime": {"pass@k": {"1": value}}}, {"num_samples": 4})
+        assert json.loads((tmp_path / "report.json").read_text()) == of_the_run | {
+            "method": "e3",
+            "benchmarks": {"aime": {"pass@k": {"1": value}}},
+            "evaluation": {"num_samples": 4},
+        }
+    write_report(tmp_path / "other", "e3", {}, {"num_samples": 4})
+    report = json.loads((tmp_path / "other" / "report.json").read_text())
+    assert report == {"method": "e3", "benchmarks": {}, "settings": {"num_samples": 4}}

@@ -118,6 +118,11 @@ class Lifecycle:
                 f"model_name_or_path is {model}, a checkpoint in output_dir ({output_dir}), which would be moved "
                 "aside for the new run. Set another output_dir, or resume_from_checkpoint to go on with the old run."
             )
+        if model == output_dir and run_id(output_dir) is not None:
+            raise ValueError(
+                f"model_name_or_path is {model}, the output_dir of an earlier run, whose model would be moved aside "
+                "for the new run. Set another output_dir, or resume_from_checkpoint to go on with the old run."
+            )
         if self._untouched is None:
             self._untouched = {name: part.state_to_save() for name, part in self.parts.items()}
         else:

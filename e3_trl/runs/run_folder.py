@@ -99,10 +99,10 @@ def run_id(folder: str | Path) -> str | None:
 
 def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None, step: int = 0) -> Path | None:
     """
-    Make `output_dir` the folder of one run. Checkpoints, rollouts and log of another run, or of later steps than the
-    run goes on from, move to a folder in `_earlier/`: nobody would go on from them, draw them or delete them (for
-    `save_total_limit`) by mistake. Models stay where they are. Of the run's own rollouts those of later steps are cut,
-    for they come again.
+    Make `output_dir` the folder of one run. What another run has left, its model and card too, and checkpoints and log
+    of later steps than the run goes on from, move to a folder in `_earlier/`: nobody would go on from them, draw them,
+    take the one's model for the other's or delete them (for `save_total_limit`) by mistake. Of the run's own
+    rollouts those of later steps are cut, for they come again.
 
     Args:
         output_dir (`str` or `Path`): the run's output folder.
@@ -121,7 +121,11 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
         if is_new or checkpoint_step(folder) > step or run_id(folder) not in (old_id, None)
     ]
     if is_new or run_id(output_dir) not in (None, old_id):
-        foreign += [path for name in (ROLLOUTS_FILE, TRAINER_STATE_NAME) if (path := output_dir / name).exists()]
+        # Where no run has been, a model was put there by somebody.
+        names = (ROLLOUTS_FILE, TRAINER_STATE_NAME)
+        if run_id(output_dir) is not None:
+            names = (*MODEL_FILES, *ACCOUNT_FILES)
+        foreign += [output_dir / name for name in files_of(output_dir, names)]
     else:
         if (path := output_dir / TRAINER_STATE_NAME).exists() and not 0 <= _global_step(path) <= step:
             foreign.append(path)
@@ -133,7 +137,9 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
         folder = output_dir / EARLIER / str(max(taken, default=0) + 1)
         folder.mkdir(parents=True)
         for path in foreign:
-            path.replace(folder / path.name)
+            target = folder / path.relative_to(output_dir)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
     write_whole(output_dir / RUN_FILE, to_json({"run_id": new_id}))
     return folder
 

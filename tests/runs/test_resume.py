@@ -863,3 +863,17 @@ def test_a_run_interrupted_and_resumed_in_one_object_logs_its_steps_once(make_tr
         for run in (trainer, whole)
     ]
     assert histories[0][:-1] == histories[1][:-1]
+
+
+def test_a_new_run_in_a_used_folder_leaves_no_old_model_beside_its_arguments(make_trainer, tmp_path):
+    old = make_trainer(max_steps=1)
+    old.train()
+    old.save_model()
+    (tmp_path / "run" / "figures").mkdir()
+    (tmp_path / "run" / "figures" / "reward.png").touch()
+    with pytest.raises(ValueError, match="run, the output_dir of an earlier run, .* Set another output_dir"):
+        make_trainer(model=old.args.output_dir, max_steps=1).train()
+    make_trainer(max_steps=1).train()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "figures/reward.png"):
+        assert not (tmp_path / "run" / name).exists(), name
+        assert (tmp_path / "run" / "_earlier" / "1" / name).exists(), name

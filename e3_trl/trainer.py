@@ -213,7 +213,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
         """Inside, these rows are sampled and trained on."""
         index = self.num_generation_batches
         batch = GenerationBatch.begin(index, inputs, self.num_generations, self.accelerator, self.train_dataset)
-        of_rounds = {"total": self.total_rewards, "extra_logs": self.extra_logs}
+        of_rounds = {"reward_weights": self.reward_weights, "extra_logs": self.extra_logs}
         column, how = self.correctness_column, (self.sample_round, self.score_round)
         self._batch, self._sampling = batch, sampling_of(self.args, batch, *how, column, **of_rounds)
         try:

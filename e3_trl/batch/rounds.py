@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from ..method.advantages import total_rewards
 from ..method.budget_rules import Bounds, commit_rollouts, pilot_rollouts
 from ..method.counts import rollout_counts
 from ..method.dynamic_sampling import DynamicSampling
@@ -55,14 +56,15 @@ class Rounds(OneCall):
     A method is a subclass with [`Rounds.choose`].
 
     Args:
-        batch, sample, score: as in [`OneCall`].
-        total (`Callable[[torch.Tensor], torch.Tensor]`): one reward of each row, `(R,)`, from those by function.
+        reward_weights (`torch.Tensor` of shape `(num_funcs,)`): weight of each reward function.
+        aggregation (`str`): how several of them become one advantage (`multi_objective_aggregation`).
         extra_logs (`dict[str, list]`): what reward functions have logged of the rows that they were given last.
+        **kwargs: as in [`OneCall`].
     """
 
-    def __init__(self, batch: GenerationBatch, sample: Sample, score: Score, total: Callable, extra_logs: dict):
-        super().__init__(batch, sample, score)
-        self.total, self.extra_logs = total, extra_logs
+    def __init__(self, reward_weights: torch.Tensor, aggregation: str, extra_logs: dict, **kwargs):
+        super().__init__(**kwargs)
+        self.reward_weights, self.aggregation, self.extra_logs = reward_weights, aggregation, extra_logs
         self._rows: list[tuple] = []
         self._has_logprobs = False
         self._rest: list = []
@@ -76,7 +78,8 @@ class Rounds(OneCall):
         Sample and score the batch's newest round.
 
         Returns:
-            `np.ndarray` of shape `(R,)`: the total reward of each of the round's rows, NaN = unscorable.
+            `np.ndarray` of shape `(R,)`: what each of the round's rows is compared by, NaN = unscorable. Equal in a
+            group whose advantages are zero.
         """
         newest, logs = self.batch.round, self.extra_logs
         prompts = [example["prompt"] for example in newest.examples]
@@ -87,7 +90,10 @@ class Rounds(OneCall):
         logged = [{name: values[row] for name, values in logs.items()} for row in range(len(prompts))]
         fields = prompts, prompt_ids, completion_ids, completions, logprobs or completions, logged
         self._rows += gather_object(list(zip(*fields, strict=True)))
-        return self.total(newest.rewards).cpu().numpy()
+        groups = torch.as_tensor(newest.prompt_ids, device=newest.rewards.device)
+        total = total_rewards(newest.rewards, self.reward_weights, groups, self.aggregation)
+        # What cancels out over the functions does so to rounding, where each was divided by a deviation.
+        return (total.round(decimals=5) if self.aggregation == "normalize_then_sum" else total).cpu().numpy()
 
     def run_next(self, prompt_ids: np.ndarray) -> np.ndarray:
         """[`Rounds.run`] a further round, with these prompts of the dataset."""
@@ -181,6 +187,7 @@ def sampling_of(
         **kwargs: further arguments of [`Rounds`].
     """
     how = {"batch": batch, "sample": sample, "score": score}
+    kwargs["aggregation"] = args.multi_objective_aggregation
     if args.dynamic_sampling:
         return InformativeGroups(args.seed, args.max_resample_rounds, **how, **kwargs)
     if args.rollout_allocation == "pilot":

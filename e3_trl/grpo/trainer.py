@@ -3,7 +3,6 @@
 import os
 from contextlib import nullcontext
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -195,11 +194,6 @@ class FastGRPOTrainer(GRPOTrainer):
     def tokenize(self, prompts: list) -> list[list[int]]:
         """The tokens of each prompt, a text or a conversation."""
         return self._tokenize_prompts(prompts)[0]
-
-    def total_rewards(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the rewards of each row, `(N,)`, NaN where no function could score it."""
-        total = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
     def show_column(self, name: str) -> None:
         """Let a column of the data through to the trainer, also with `remove_unused_columns`."""

@@ -60,16 +60,39 @@ def aggregate_advantages(
         `tuple` of two `torch.Tensor` of shape `(N,)`: the advantages (0 where no function applied) and the standard
         deviation that each completion was compared with.
     """
+    rewards_N = total_rewards(rewards_per_func, reward_weights, group_ids, multi_objective_aggregation)
+    if multi_objective_aggregation == "normalize_then_sum":
+        # The sum is then normalized over the whole batch, that is, as one group.
+        group_ids, scale_rewards = torch.zeros_like(group_ids), "group"
+    advantages_N, std_N = _advantages_and_std(rewards_N, group_ids, scale_rewards)
+    return torch.nan_to_num(advantages_N, nan=0.0), std_N
+
+
+def total_rewards(
+    rewards_per_func: torch.Tensor,
+    reward_weights: torch.Tensor,
+    group_ids: torch.Tensor,
+    multi_objective_aggregation: str = "sum_then_normalize",
+) -> torch.Tensor:
+    """
+    The number of each completion by which it is compared with others: the advantages of a group are equal where these
+    are.
+
+    Args:
+        rewards_per_func, reward_weights, group_ids, multi_objective_aggregation:
+            As in [`aggregate_advantages`].
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: the weighted sum of the rewards, or of what each function's are in their
+        group, NaN where no function applied.
+    """
     unscorable_N = torch.isnan(rewards_per_func).all(dim=1)
     if multi_objective_aggregation == "normalize_then_sum":
         normalized = [_advantages_and_std(rewards_N, group_ids, "group")[0] for rewards_N in rewards_per_func.T]
         rewards_per_func = torch.stack(normalized, dim=1)
-        # The sum is then normalized over the whole batch, that is, as one group.
-        group_ids, scale_rewards = torch.zeros_like(group_ids), "group"
     rewards_N = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(dim=1)
     rewards_N[unscorable_N] = torch.nan
-    advantages_N, std_N = _advantages_and_std(rewards_N, group_ids, scale_rewards)
-    return torch.nan_to_num(advantages_N, nan=0.0), std_N
+    return rewards_N
 
 
 def _advantages_and_std(
@@ -77,6 +100,7 @@ def _advantages_and_std(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards is {scale_rewards!r}. Set it to 'group', 'batch' or 'none'.")
+    rewards_N = rewards_N if rewards_N.is_floating_point() else rewards_N.float()
     # One row per group (P, largest group), padded with NaN, which nanmean and nanstd leave out.
     _, group_N, size_P = torch.unique(group_ids_N, return_inverse=True, return_counts=True)
     order = torch.argsort(group_N, stable=True)

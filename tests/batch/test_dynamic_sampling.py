@@ -129,6 +129,30 @@ def test_unscorable_completions_do_not_make_a_group_differ(make_trainer):
     assert logged(trainer, "rollouts/sampled") == [48.0]
 
 
+@pytest.mark.parametrize(("scale", "weights", "teaches"), [(-2, [1.0, 0.5], True), (-1, [1.0, 1.0], False)])
+def test_a_group_is_informative_if_its_advantages_differ(make_trainer, scale, weights, teaches):
+    """It was by the sums of rewards: with each function normalised first these are not what is compared."""
+
+    def opposed(completions, threshold, **kwargs):
+        return [scale * reward for reward in vowel_reward(completions, threshold)]
+
+    trainer, batches = train(
+        make_trainer,
+        reward_funcs=[vowel_reward, opposed],
+        reward_weights=weights,
+        multi_objective_aggregation="normalize_then_sum",
+        max_resample_rounds=2,
+        max_steps=3,
+    )
+    sampled = logged(trainer, "rollouts/sampled")
+    if teaches:
+        assert sum(sampled) < 3 * 48
+        assert all((batch["advantages"].abs() > 0.5).sum() >= 12 for batch in batches)
+    else:
+        assert sampled == [48.0] * 3
+        assert all(batch["advantages"].abs().max() < 1e-2 for batch in batches)
+
+
 def test_rewards_see_the_columns_of_the_dataset_and_log_the_rows_that_are_kept(make_trainer):
     def strict_reward(prompts, completions, completion_ids, threshold, trainer_state, log_extra, log_metric):
         log_extra("of_prompt", list(prompts))

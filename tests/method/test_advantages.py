@@ -60,6 +60,12 @@ def test_rows_may_be_permuted(rows, random):
     torch.testing.assert_close(permuted, group_advantages(rewards, group_ids)[order], rtol=1e-4, atol=1e-5)
 
 
+def test_rewards_may_be_whole_numbers():
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    for rewards in (torch.tensor([1, 0, 3, 0, 0]), torch.tensor([True, False, True, False, False])):
+        assert torch.equal(group_advantages(rewards, groups), group_advantages(rewards.float(), groups))
+
+
 def test_equal_rewards_teach_nothing():
     advantages = group_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([1, 1, 2, 2, 2]))
     assert advantages.tolist() == [0.0] * 5

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from transformers import TrainerCallback
 
+from .checks import warn_of_a_first_pass_alone
 from .method.temperature import EntropyWindow, TemperatureSchedule
 
 
@@ -78,8 +79,8 @@ class TemperatureCallback(TrainerCallback):
 
 class TelemetryCallback(TrainerCallback):
     """
-    Logs the temperature that each optimizer step was sampled and trained at, and writes what is left for
-    `rollouts.jsonl` when the training ends.
+    Logs the temperature that each optimizer step was sampled and trained at, says when a run is too short for budgets,
+    and writes what is left for `rollouts.jsonl` when the training ends.
 
     Args:
         trainer ([`E3GRPOTrainer`]): the trainer.
@@ -87,6 +88,12 @@ class TelemetryCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        sampler = self.trainer.passes.sampler
+        if state.is_world_process_zero and getattr(sampler, "budget_schedule", None) is not None:
+            steps_per_batch = self.trainer.window_steps / args.gradient_accumulation_steps
+            warn_of_a_first_pass_alone(args, state.max_steps, sampler.num_batches * steps_per_batch)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.add_metric("temperature", self.trainer.temperature)

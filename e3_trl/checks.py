@@ -6,7 +6,9 @@ import warnings
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from .batch.prompt_ids import PROMPT_ID
 from .grpo.checks import Combination, Setting, one_of, reward_name
+from .method.budget_rules import ROUND_RULES
 
 
 SETTINGS: list[Setting] = [
@@ -19,7 +21,25 @@ SETTINGS: list[Setting] = [
     ("length_bias_fraction", lambda value: 0 <= value <= 1, "Set it within [0, 1]."),
     ("max_resample_rounds", lambda value: value >= 1, "Set it to 1 or more, or dynamic_sampling to False."),
 ]
+# What leaves tokens out when it samples, or changes their probabilities, and when it is on.
+SAMPLERS = {
+    "top_k": lambda value: (value or 0) > 0,
+    "top_p": lambda value: value < 1,
+    "min_p": lambda value: (value or 0) > 0,
+    "repetition_penalty": lambda value: value != 1,
+}
 COMBINATIONS: list[Combination] = [
+    *(
+        (
+            lambda c, name=name, is_on=is_on: (
+                c.entropy_estimator == "sampled" and is_on((c.generation_kwargs or {}).get(name, getattr(c, name)))
+            ),
+            f"entropy_estimator is 'sampled' and {name} {{c.{name}}} (generation_kwargs: {{c.generation_kwargs}}): "
+            "tokens are then sampled from another distribution than the policy's, whose entropy this does not "
+            f"estimate. Set entropy_estimator to 'exact', or leave {name} out.",
+        )
+        for name, is_on in SAMPLERS.items()
+    ),
     (
         lambda c: c.rollout_allocation == "pilot" and c.dynamic_sampling,
         "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards of a batch what "
@@ -85,7 +105,13 @@ def check_run(
         # An environment may bring a reward of its own, whose name the trainer has later.
         correctness_column(args, [reward_name(func) for func in reward_funcs if func is not None])
     sized = isinstance(train_dataset, Dataset)
-    images = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or [])
+    columns = getattr(train_dataset, "column_names", None) or []
+    if PROMPT_ID in columns:
+        raise ValueError(
+            f"The dataset has a column {PROMPT_ID!r}, the name under which the trainer hands on a prompt's index: "
+            "reward functions would not get it. Rename it."
+        )
+    images = {"image", "images"} & set(columns)
     for name, is_set in TEXT_ONLY.items():
         if is_set(args) and (not sized or not fixed_columns or tools or images):
             raise ValueError(
@@ -131,6 +157,25 @@ def _warn_of_equal_budgets(args, train_dataset: Dataset | IterableDataset | None
             f"num_generations_min is {args.num_generations_min} and num_generations_max {args.num_generations_max}. "
             "Raise gradient_accumulation_steps or num_generations (below 3 there is no room), or widen these.",
             stacklevel=4,
+        )
+
+
+def warn_of_a_first_pass_alone(args, max_steps: int, steps_per_pass: float) -> None:
+    """
+    Warn if a run ends before difficulty is known: in its first pass, every prompt gets as many rollouts.
+
+    Args:
+        args ([`E3GRPOConfig`]): the run's configuration.
+        max_steps (`int`): optimizer steps of the run.
+        steps_per_pass (`float`): optimizer steps of a pass over the data.
+    """
+    if max_steps <= steps_per_pass and args.difficulty_column is None and args.rollout_allocation not in ROUND_RULES:
+        warnings.warn(
+            f"rollout_allocation is {args.rollout_allocation!r}, but the run ends in its first pass (max_steps "
+            f"{max_steps}, and a pass has {steps_per_pass:g}), in which no difficulty is known: every prompt will get "
+            f"num_generations ({args.num_generations}) rollouts. Name a difficulty_column, set rollout_allocation to "
+            "'pilot' or 'uniform', or train longer, or on fewer prompts.",
+            stacklevel=3,
         )
 
 

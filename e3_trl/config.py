@@ -57,7 +57,8 @@ class E3GRPOConfig(FastGRPOConfig):
         entropy_estimator (`str`, *optional*, defaults to `"exact"`):
             Entropy that is logged, and that the temperature schedule follows. `"exact"` = of the policy at each token,
             `"sampled"` = minus the log-prob of each token that was sampled, an unbiased estimate of its mean: rows
-            that cannot change the gradient then need no forward pass where vLLM has given their log-probs.
+            that cannot change the gradient then need no forward pass where vLLM has given their log-probs. Not with
+            `top_k`, `top_p`, `min_p` or `repetition_penalty`, with which tokens are not sampled from the policy.
 
         > Parameters that control the rewards of a batch
 

@@ -1,8 +1,11 @@
 """Each mistake is one error that names the field, its value and the remedy, before a model is loaded."""
 
+import warnings
+
 import pytest
 from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
@@ -59,6 +62,14 @@ def make_config(tmp_path, **settings):
         ({"micro_batching": "tokens", "max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch is 0 .*Set"),
         ({"max_tokens_per_micro_batch": 9}, "max_tokens_per_micro_batch is 9 and micro_batching is 'rows'. Set"),
         ({"entropy_estimator": "guessed"}, "entropy_estimator is 'guessed'. Set"),
+        *(
+            (
+                {"entropy_estimator": "sampled", **given},
+                f"entropy_estimator is 'sampled' and {name} .*{value}.*Set entropy_estimator to 'exact', or",
+            )
+            for name, value in {"top_k": 20, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": 1.25}.items()
+            for given in ({name: value}, {"generation_kwargs": {name: value}})
+        ),
         ({"max_resample_rounds": 0}, "max_resample_rounds is 0. Set"),
         ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs sets temperature to 0.5.*Set `temperature`"),
     ],
@@ -97,9 +108,18 @@ def test_vllm_of_another_version(tmp_path, monkeypatch):
         make_config(tmp_path, use_vllm=True)
 
 
+def test_an_entropy_estimate_of_what_is_sampled_from_the_policy_is_taken(tmp_path):
+    make_config(tmp_path, entropy_estimator="sampled", top_k=-1, min_p=0.0, generation_kwargs={"top_p": 1.0})
+    make_config(tmp_path, entropy_estimator="exact", top_k=20, top_p=0.9)
+
+
 def test_bounds_do_not_matter_to_a_run_without_budgets(tmp_path):
     make_config(tmp_path, num_generations=2, rollout_allocation="uniform")
     make_config(tmp_path, temperature_max=0.9, temperature_schedule="constant")
+
+
+def stop_training(args, state, control, **kwargs):
+    control.should_training_stop = True
 
 
 def with_column(name, values):
@@ -123,6 +143,7 @@ def with_column(name, values):
         (make_dataset().rename_column("prompt", "question"), {}, r"no column 'prompt'.*\['question', 'threshold'\]"),
         (make_dataset().remove_columns("threshold"), {}, "'vowel_reward' needs a column 'threshold'.*Add or rename"),
         (make_dataset(), {"difficulty_column": "level"}, "difficulty_column is 'level', but the dataset has only"),
+        (with_column("e3_prompt_id", list(range(16))), {}, "column 'e3_prompt_id', the name under.*Rename it"),
         (with_column("level", [0.5] * 15 + [10.0]), {"difficulty_column": "level"}, "'level' holds 10.0. Scale it"),
         (with_column("level", [-0.5] * 16), {"difficulty_column": "level"}, "'level' holds -0.5. Scale it"),
         (with_column("level", ["easy"] * 16), {"difficulty_column": "level"}, "'level' does not hold numbers.*Scale"),
@@ -171,6 +192,33 @@ def test_budgets_that_cannot_differ_are_noticed(tmp_path, settings, message):
     config = make_config(tmp_path, **settings)
     with pytest.warns(UserWarning, match=rf"every prompt will get num_generations \(8\) rollouts.*{message}"):
         check_run(config, [vowel_reward], make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [
+        ({"max_steps": 4}, True),
+        ({"max_steps": -1, "num_train_epochs": 1}, True),
+        ({"max_steps": 8, "per_device_train_batch_size": 8, "steps_per_generation": 2}, True),
+        ({"max_steps": 5}, False),
+        ({"max_steps": 4, "rollout_allocation": "pilot"}, False),
+        ({"max_steps": 4, "rollout_allocation": "uniform"}, False),
+        ({"max_steps": 4, "difficulty_column": "level", "train_dataset": with_column("level", [0.5] * 16)}, False),
+    ],
+)
+def test_a_run_that_ends_in_its_first_pass_has_no_budgets_and_that_is_said(make_trainer, settings, is_said):
+    trainer = make_trainer(**settings)
+    callback = TrainerCallback()
+    callback.on_step_begin = stop_training
+    trainer.add_callback(callback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(one.message) for one in caught if "ends in its first pass" in str(one.message)]
+    assert len(said) == is_said
+    if is_said:
+        assert f"max_steps {trainer.state.max_steps}, and a pass has {trainer.state.max_steps}" in said[0]
+        assert "Name a difficulty_column, set rollout_allocation to 'pilot'" in said[0]
 
 
 def test_evaluation_data_are_checked_too(tmp_path):

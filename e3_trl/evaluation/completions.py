@@ -24,8 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from ..grpo.checks import REWARD_ARGUMENTS, check_reward_columns
 from ..rewards.accuracy import load_reward_func
+from ..rewards.columns import REWARD_ARGUMENTS, check_reward_columns
 from ..runs.report import write_json
 
 

@@ -1,6 +1,5 @@
 """What is refused before a model is loaded, so that a mistake costs seconds: settings as tables, and a run's data."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,9 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl.trainer.utils import get_callable_name
 
+from ..rewards.columns import check_reward_columns
 from ..runs.dashboards import DASHBOARDS
 
-
-# What TRL passes to every reward function besides the columns of the dataset.
-REWARD_ARGUMENTS = {
-    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
-}  # fmt: skip
 
 # A field, what it may be, and what to do where it is not.
 Setting = tuple[str, Callable[[Any], bool], str]
@@ -99,27 +94,6 @@ def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list
                 raise ValueError(f"The dataset's row {row} has no prompt. Fill it in, or drop the row.")
     for func in reward_funcs:
         check_reward_columns(func, columns)
-
-
-def check_reward_columns(func: Callable, columns: list[str], arguments: set[str] = REWARD_ARGUMENTS) -> None:
-    """
-    Raise `ValueError` if a reward function asks for a column that the data have not.
-
-    Args:
-        func (`Callable`): the reward function.
-        columns (`list[str]`): of the data.
-        arguments (`set[str]`, *optional*): what it is given besides. In training TRL's.
-    """
-    for parameter in inspect.signature(func).parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if required and parameter.name not in arguments | set(columns):
-            raise ValueError(
-                f"Reward function {get_callable_name(func)!r} needs a column {parameter.name!r}, but the dataset has "
-                f"only {list(columns)}. Add or rename the column, or choose another reward function."
-            )
 
 
 def reward_name(func) -> str:

@@ -126,8 +126,8 @@ def test_grpo_knows_nothing_of_e3_and_no_arrow_runs_back_up():
     """What each folder may import, from the bottom to the top."""
     below = {
         "method": {"method", "dotted_path"},
-        "runs": {"runs", "method", "scrub", "grpo.config"},
-        "grpo": {"grpo", "runs", "evaluation.metrics", "scrub"},
+        "runs": {"runs", "method", "scrub"},
+        "grpo": {"grpo", "runs", "rewards.columns", "evaluation.metrics", "scrub"},
         "batch": {"batch", "grpo", "method"},
     }
     for folder, allowed in below.items():

@@ -20,7 +20,7 @@ local folder with a card by its name alone, and would go on giving the data of a
 import inspect
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -236,7 +236,7 @@ def measure_accuracy(problems: pd.DataFrame, args: PreparationArguments) -> np.n
 
 
 def given_accuracy(num_correct: pd.Series, args: PreparationArguments) -> np.ndarray:
-    """Share of right answers of each problem, from their number."""
+    """Share of right answers of each problem, from their number; with `num_samples` 1 that may be the share."""
     values = pd.to_numeric(num_correct, errors="coerce").to_numpy(dtype=np.float64)
     bad = ~((values >= 0) & (values <= args.num_samples))
     if bad.any():
@@ -244,7 +244,23 @@ def given_accuracy(num_correct: pd.Series, args: PreparationArguments) -> np.nda
             f"num_correct_column {args.num_correct_column!r} holds {num_correct[bad].iloc[0]!r}, not a number in "
             f"[0, {args.num_samples}]. Correct it, or set num_samples to the number of answers that it counts."
         )
+    broken = values % 1 != 0
+    if args.num_samples > 1 and broken.any():
+        raise ValueError(
+            f"num_correct_column {args.num_correct_column!r} holds {num_correct[broken].iloc[0]!r}, which is no "
+            f"number of right answers out of num_samples ({args.num_samples}). If it is their share, set num_samples "
+            "to 1."
+        )
     return values / args.num_samples
+
+
+def unscorable(problems: pd.DataFrame, args: PreparationArguments) -> np.ndarray:
+    """Whether the reward function gives a problem nothing, whatever is answered, shape `(P,)`."""
+    # An answer of nothing, behind the end of a reasoning without which some functions do not look at the gold answer.
+    rows = [{"completions": ["</think>"]}] * len(problems)
+    path = Path(args.output_dir) / "sampling" / "scorable.jsonl"
+    config = replace(args, num_samples=1, chunk_size=1024)
+    return np.isnan(score_completions(problems.to_dict("list"), rows, path, config)[:, 0])
 
 
 def histogram(accuracy: pd.Series, num_samples: int) -> list[int]:
@@ -263,7 +279,7 @@ def print_summary(found: list[int], counts: dict, folder: Path) -> None:
         print(f"{level:>5} {before:>6} {after:>6}  {bar}")
     print(
         f"\n{counts['rows']} rows, {counts['duplicates']} duplicates, {counts['in_test_sets']} in test sets, "
-        f"{counts['too_long']['dropped']} too long\n"
+        f"{counts['too_long']['dropped']} too long, {counts['unscorable']} unscorable\n"
         f"{counts['train']['problems']} for training, {counts['validation']['problems']} for validation. Written to "
         f"{folder}, with README.md and figure"
     )
@@ -312,7 +328,7 @@ The paper's own data give the share of right answers for difficulty; here that i
 - {duplicates} of {rows} rows were duplicates and {in_test_sets} problems stood in a test set ({test_sets}). They were
   left out.
 {dropped}- The validation data were drawn before any problem was left out for its difficulty. No problem is in both.
-- Problems were compared without case, white space and the LaTeX that changes the looks alone.
+- Problems were compared without case, white space, punctuation and the LaTeX that changes the looks alone.
 - All settings and counts are in [report.json](report.json). The licences of the problems are those of their sources.
 """
 
@@ -340,6 +356,8 @@ def write_card(path: Path, counts: dict, args: PreparationArguments) -> None:
         for name in ("always_solved", "never_solved")
         if counts[name]["dropped"]
     ]
+    if counts["unscorable"]:
+        dropped.insert(0, f"- Left out, for no answer can be compared with theirs: {counts['unscorable']}.\n")
     if counts["too_long"]["dropped"]:
         dropped.insert(0, "- Left out as longer than {limit}: {dropped}.\n".format(**counts["too_long"]))
     text = CARD.format(
@@ -396,14 +414,15 @@ def main(args: PreparationArguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if args.num_correct_column is not None:
         accuracy = given_accuracy(problems["num_correct"], args)
+        accuracy[unscorable(problems, args)] = np.nan
     else:
         accuracy = measure_accuracy(problems, args)
     # The columns that training needs: the reward function's own among them.
     asked = [name for name in inspect.signature(scorer).parameters if name in problems and name not in COLUMNS]
     problems = problems[[*COLUMNS, *asked]].assign(accuracy=accuracy, difficulty=1 - accuracy)
-    unscorable = problems["accuracy"].isna()
-    counts["unscorable"] = int(unscorable.sum())
-    problems = problems[~unscorable].reset_index(drop=True)
+    is_unscorable = problems["accuracy"].isna()
+    counts["unscorable"] = int(is_unscorable.sum())
+    problems = problems[~is_unscorable].reset_index(drop=True)
     found = histogram(problems["accuracy"], args.num_samples)
 
     rng = np.random.default_rng(args.seed)

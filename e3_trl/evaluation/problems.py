@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -19,12 +20,22 @@ COLUMNS = {
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 _LATEX_DELIMITER = re.compile(r"(?<!\\)\$|\\[(\[]|\\boxed")
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}")
 _WORDS = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 _TEXT_GROUP = re.compile(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*\}")
-# Commands that change how a formula looks and not what it says.
+# Commands that change how a formula looks and not what it says, and who posed the problem, at its end.
 _LATEX_LOOKS = re.compile(
-    r"\\(?:left|right|big{1,2}[lr]?|displaystyle|limits)(?![a-z])|\\[,;:!> ]|\\[()\[\]]|[_^]\{\}|[$~]"
+    r"\\(?:left|right|big{1,2}[lr]?|displaystyle|limits|q?quad)(?![a-z])|\\tag\{[^{}]*\}"
+    r"|\\[,;:!> ]|\\[()\[\]]|[_^]\{\}|[$~]"
 )
+_CREDIT = re.compile(r"\[i\][^\[\]]*(?:\[/i\])?\s*$")
+_FORUM_TAG = re.compile(r"\[/?(?:b|i|u|list|\*)\]")
+_ALIGNED = re.compile(r"\\begin\{align(?:ed)?\*?\}(.*?)\\end\{align(?:ed)?\*?\}", re.DOTALL)
+# Commands that say the same.
+_SYNONYMS = {
+    "frac": "[dt]frac", "le": "leq|leqslant", "ge": "geq|geqslant", "ne": "neq", "vee": "lor", "wedge": "land",
+    "to": "rightarrow", "dots": "[cl]dots|dots[bc]",
+}  # fmt: skip
 
 
 def load_problems(name: str, split: str = "test", columns: dict[str, str] | None = None) -> pd.DataFrame:
@@ -124,10 +135,14 @@ def mark_answer(answer: str) -> str:
     '$2\\sqrt{5}$'
     >>> mark_answer(r"\boxed{7}"), mark_answer("none of these")
     ('\\boxed{7}', 'none of these')
+    >>> mark_answer("5e-05")  # as Python writes a number; it is read as 5e - 5
+    '$0.00005$'
 
     ```
     """
     answer = answer.strip()
+    if _SCIENTIFIC.fullmatch(answer):
+        answer = f"{Decimal(answer):f}"
     if _LATEX_DELIMITER.search(answer) or _WORDS.search(_TEXT_GROUP.sub("", answer)):
         return answer
     return f"${answer}$"
@@ -141,7 +156,8 @@ def problem_text(prompt: str | list[dict[str, str]]) -> str:
 def normalize_problem(prompt: str | list[dict[str, str]]) -> str:
     r"""
     What two writings of one problem have in common: without Unicode variants (NFKC), case, white space, `$`, the LaTeX
-    that changes the looks alone, and a full stop at the end. To compare, not to read.
+    that changes the looks alone, punctuation that is not inside a number, and a forum's markup. To compare, not to
+    read.
 
     Example:
 
@@ -152,6 +168,12 @@ def normalize_problem(prompt: str | list[dict[str, str]]) -> str:
     ```
     """
     text = unicodedata.normalize("NFKC", problem_text(prompt)).casefold()
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text).replace(r"\%", "%")
-    text = re.sub(r"\s+", "", _LATEX_LOOKS.sub(" ", text)).rstrip(".")
+    text = _FORUM_TAG.sub("", _CREDIT.sub("", text)).replace("...", r"\dots ").replace(r"\%", "%")
+    for one, others in _SYNONYMS.items():
+        text = re.sub(rf"\\(?:{others})(?![a-z])", rf"\\{one}", text)
+    text = re.sub(r"\\(?:text(?:it|bf|rm)?|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = _ALIGNED.sub(lambda match: match[1].replace("&", ""), text)
+    text = re.sub(r"\s+", "", _LATEX_LOOKS.sub(" ", text))
+    text = re.sub(r"(?<!\d)[.,:;]|[.,:;](?!\d)", "", text)
+    text = re.sub(r"\\(overline|bar|hat|tilde|vec)\{(\w)_(\w|\{\w+\})\}", r"\\\1{\2}_\3", text)
     return re.sub(r"([_^])\{(\w|\\[a-z]+)\}", r"\1\2", text)

@@ -450,6 +450,9 @@ def test_the_recipe_is_the_papers_and_an_unknown_key_is_named(tmp_path):
     [
         *((same, same) for same in (r"2\sqrt{5}", r"(-\infty, 2)", "1,3,5", "x^2+4x+1", r"10,\!080", "25")),
         (r"\frac65", r"\frac{6}{5}"),
+        ("5e-05", "0.00005"),  # what JSON's numbers become as text: they were read as 5e - 5
+        ("1e+16", "10^{16}"),
+        ("-2.5E-7", r"-2.5 \cdot 10^{-7}"),
     ],
 )
 def test_bare_answers_are_scored_as_formulas(tmp_path, answer, written):

@@ -68,6 +68,16 @@ def keys(frame: pd.DataFrame) -> set[str]:
         (r"$90^{\circ}$, 25\%", r"$90^\circ$, $25$%"),
         ("x_{}^{}+1", "x+1"),
         ([{"role": "user", "content": "Find x"}], "Find x."),
+        # In the paper's data, one in the training set and the other in a test set.
+        (r"$1, 2, \cdots, n$", r"$1,2,\dots,n$"),
+        ("a_1, ..., a_n", r"a_1,\ldots,a_n"),
+        (r"$x=1 \text { and } y$", "x = 1 and $y$"),
+        (r"\[x+1,\quad y\]", "$x+1, y$"),
+        (r"$r_1, \overline{r_1}$", r"$r_1,$ $\overline{r}_1$"),
+        (r"0 \leqslant x \leq y", r"0 \le x \le y"),
+        ("Find all $n$ : [b]all[/b].\n\n[i]Proposed by A. B., USA[/i]", "Find all n, all"),
+        (r"\begin{align*} x &= 1 \end{align*}", r"\[\begin{aligned} & x=1 \tag{1} \end{aligned}\]"),
+        (r"f: A \to B", r"f: A \rightarrow B"),
     ],
 )
 def test_writings_of_one_problem(one, other):
@@ -83,6 +93,8 @@ def test_writings_of_one_problem(one, other):
         (r"\arcsin(-1)", r"\arcsin 1"),
         (r"\leftarrow", "arrow"),
         ("find x", "find y"),
+        ("1,2", "12"),
+        (r"\begin{pmatrix} 1 & 2", r"\begin{pmatrix} 12"),
     ],
 )
 def test_other_problems(one, other):
@@ -203,6 +215,36 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(settings, monkeypatch):
     assert len(calls) - 6 == 12 - 4, "two chunks of two were on disk"
     for name in ("train", "validation"):
         pd.testing.assert_frame_equal(read(settings, name), read(whole, name))
+
+
+def test_answers_that_nobody_can_compare_are_left_out_of_given_counts_too(settings, tmp_path):
+    """63 problems of the published data were prepared so, and `unscorable` was 0."""
+    bad = ["none of these", "a positive integer", ""]
+    rows = [{"problem": f"bad {index}", "answer": answer, "source": "odd"} for index, answer in enumerate(bad)]
+    rows = [row | {"level": 4} for row in PROBLEMS + rows]
+    settings["dataset_name"] = [write_problems(tmp_path / "levels.jsonl", rows)]
+    settings |= {"model_name_or_path": None, "num_correct_column": "level", "apply_chat_template": False}
+    for name in ("math_accuracy_reward", "math_reasoning_accuracy_reward"):
+        main(PreparationArguments(**settings | {"reward_func": name}))
+        counts = json.loads((Path(settings["output_dir"]) / "report.json").read_text())["counts"]
+        assert counts["unscorable"] == 3
+        both = pd.concat([read(settings, "train"), read(settings, "validation")])
+        assert len(both) == 12
+        assert not both["prompt"].str.startswith("bad").any()
+    assert "no answer can be compared with theirs: 3." in (Path(settings["output_dir"]) / "README.md").read_text()
+
+
+def test_shares_are_not_taken_for_counts(settings, tmp_path):
+    """An always solved problem, 1.0, had difficulty 0.9."""
+    rows = [{**problem, "share": 0.25 * (index % 5)} for index, problem in enumerate(PROBLEMS)]
+    settings["dataset_name"] = [write_problems(tmp_path / "shares.jsonl", rows)]
+    settings |= {"model_name_or_path": None, "num_correct_column": "share"}
+    message = r"holds 0.25, which is no number of right answers out of num_samples \(10\). If .* set num_samples to 1"
+    with pytest.raises(ValueError, match=message):
+        main(PreparationArguments(**settings | {"num_samples": 10}))
+    main(PreparationArguments(**settings | {"num_samples": 1}))
+    both = pd.concat([read(settings, "train"), read(settings, "validation")])
+    assert sorted(both["accuracy"]) == sorted(row["share"] for row in rows[:12])
 
 
 def test_a_given_count_takes_the_place_of_sampling(settings, tmp_path, monkeypatch):
@@ -361,3 +403,6 @@ def test_the_papers_data(tmp_path):
     assert (train["accuracy"] == 1).sum() == 2000
     counts = json.loads((tmp_path / "report.json").read_text())["counts"]
     assert counts["too_long"] == {"limit": "6,000 characters", "dropped": 1}
+    # 14 test problems were not found for their LaTeX, and 63 problems that cannot be scored were prepared.
+    assert counts["in_test_sets"] == 22
+    assert counts["unscorable"] > 100

@@ -163,8 +163,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
 
     def temperature_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> np.ndarray:
         """Temperature of each of the batch's prompts, of the shape of `prompt_ids`."""
-        args = self.args
-        difficulty = self.difficulty_of(batch, prompt_ids)
+        args, difficulty = self.args, self.difficulty_of(batch, prompt_ids)
         return spread_temperatures(
             difficulty, self.temperature, args.temperature_spread, args.temperature_min, args.temperature_max
         )

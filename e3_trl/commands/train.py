@@ -225,7 +225,8 @@ def choose_trainer(arguments: list[str] | None) -> str:
         name: value for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value is not None
     }
     if "config" in settings:
-        settings = (yaml.safe_load(Path(settings["config"]).read_text()) or {}) | settings
+        with open(settings["config"]) as file:  # whose name is in the message if it is no YAML
+            settings = (yaml.safe_load(file) or {}) | settings
     for name in GONE.keys() & settings:
         raise ValueError(f"{name} is {settings[name]}, a setting that is gone. {GONE[name]}.")
     trainer = settings.get("trainer", "e3")

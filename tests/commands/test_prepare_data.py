@@ -384,6 +384,7 @@ def test_the_recipe_is_the_papers():
     assert (args.num_samples, args.max_always_solved, args.validation_per_source) == (10, 2000, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the paper's data are not there")
 def test_the_papers_data(tmp_path):
     """The published configuration leaves the paper's 10,240 problems, none of them longer than the recipes allow."""

@@ -511,7 +511,12 @@ def test_a_reward_function_that_raises_is_named_and_costs_nothing(make_trainer, 
         failed.train()
     assert isinstance(raised.value.__cause__, KeyError | MemoryError | ValueError)
     assert str(raised.value).endswith("it goes on after step 4, which is saved.")
-    resumed = make_trainer()
+
+    def mended(completions, **kwargs):
+        return vowel_reward(completions, **kwargs)
+
+    mended.__name__ = function.__name__
+    resumed = make_trainer(reward_funcs=mended)
     resumed.train(resume_from_checkpoint=True)
     # The batch that failed is sampled anew.
     assert logged(resumed, "loss")[:4] == logged(whole, "loss")[:4]

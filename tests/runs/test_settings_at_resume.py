@@ -10,6 +10,8 @@ from trl import GRPOConfig
 from e3_trl import E3GRPOConfig
 
 
+pytestmark = pytest.mark.slow
+
 # Of TRL's settings.
 OF_TRL = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "temperature",

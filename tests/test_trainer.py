@@ -19,7 +19,14 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from e3_trl import FastGRPOTrainer, RolloutBudgetSchedule, TemperatureSchedule, allocate_rollouts, read_rollouts
+from e3_trl import (
+    E3GRPOTrainer,
+    FastGRPOTrainer,
+    RolloutBudgetSchedule,
+    TemperatureSchedule,
+    allocate_rollouts,
+    read_rollouts,
+)
 from e3_trl.grpo.evaluation import SampledAhead
 from e3_trl.method.advantages import group_advantages
 
@@ -284,10 +291,9 @@ def test_both_trainers_equal_grpo_to_the_last_bit(make_trainer, settings):
     settings = {"max_steps": 10, "reward_funcs": funcs} | settings
     grpo = make_trainer(GRPOTrainer, **settings)
     grpo.train()
-    settings |= {"micro_batching": "none"}
-    fast = make_trainer(FastGRPOTrainer, **settings)
-    e3 = make_trainer(rollout_allocation="uniform", temperature_schedule="constant", **settings)
-    for trainer in (fast, e3):
+    e3_off = {"rollout_allocation": "uniform", "temperature_schedule": "constant"}
+    for trainer_class, off in ((FastGRPOTrainer, {}), (E3GRPOTrainer, e3_off)):
+        trainer = make_trainer(trainer_class, micro_batching="none", **settings, **off)
         trainer.train()
         for name in ("loss", "reward", "entropy", "grad_norm", "frac_reward_zero_std", "completions/mean_length"):
             assert logged(trainer, name) == logged(grpo, name), name

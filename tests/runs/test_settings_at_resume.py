@@ -10,7 +10,8 @@ from trl import GRPOConfig
 from e3_trl import E3GRPOConfig
 
 
-pytestmark = pytest.mark.slow
+# Some of the values are far from what a run needs.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Temperature clamped")]
 
 # Of TRL's settings.
 OF_TRL = {

@@ -74,6 +74,7 @@ def train(make_trainer, **overrides):
     return trainer, batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["uniform", "rank"])
 def test_training_takes_the_groups_that_differ(make_trainer, allocation):
     trainer, batches = train(make_trainer, rollout_allocation=allocation, num_generations=8, num_generations_max=8)
@@ -109,6 +110,7 @@ def test_rounds_are_limited(make_trainer):
     assert logged(trainer, "frac_reward_zero_std") == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_prompts(make_trainer):
     settings = {"save_strategy": "steps", "save_steps": 6, "dynamic_sampling": True, "reward_funcs": split_reward}
     settings["train_dataset"] = make_dataset(64)

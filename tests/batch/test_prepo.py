@@ -63,6 +63,7 @@ def reference_perplexity(model_path, prompt: str) -> float:
         return math.exp(model(input_ids=ids, labels=ids).loss.item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature_schedule", ["constant", "entropy"])
 def test_prompts_are_chosen_by_perplexity_under_the_current_policy(make_trainer, model_path, temperature_schedule):
     # Without learning, the policy of every step is the one that was loaded. The temperature does not matter.
@@ -97,6 +98,7 @@ def test_perplexity_follows_the_policy(make_trainer):
     assert len(set(np.round(logged(trainer, "prompt_perplexity/candidates"), 2))) == 9
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_composes(make_trainer):
     trainer = make_trainer(
         **SELECTION,

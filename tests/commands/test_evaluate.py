@@ -134,6 +134,7 @@ def test_what_is_on_disk_is_not_sampled_again_and_compares(settings, generated, 
     assert "first" in out.rsplit("pass@1 / pass@4", 1)[1]
 
 
+@pytest.mark.slow
 def test_two_methods_of_one_name_both_stand_in_the_table(settings):
     """`outputs/grpo/checkpoint-480` and `outputs/e3/checkpoint-480`: one of them was lost."""
     names = {}

@@ -189,7 +189,7 @@ def test_gradients_of_each_loss_are_those_of_stock(model_path, tmp_path, stock, 
     assert len(shapes) > 1, "micro-batches differ"
 
 
-@pytest.mark.parametrize("policy", ["rows", "tokens"])
+@pytest.mark.parametrize("policy", ["rows", pytest.param("tokens", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_each_setting_are_those_of_stock(model_path, tmp_path, stock, variant, policy):
     settings = VARIANTS[variant] | {"loss_type": "grpo"}
@@ -225,6 +225,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ENGINES)
 def test_what_another_engine_sampled_is_corrected_and_logged_as_in_stock(model_path, tmp_path, variant):
     """With a KL term where there are later steps, whose rows that are left out are compared with no engine."""

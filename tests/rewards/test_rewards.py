@@ -360,6 +360,7 @@ def test_a_stopped_worker_is_not_waited_for_when_an_answer_is_larger_than_its_bu
     assert results == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_any_thread_and_several_at_once(make_pool):
     pool = make_pool(timeout=1)
     results = {}

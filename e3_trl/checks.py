@@ -16,6 +16,7 @@ SETTINGS: list[Setting] = [
     ("success_prior", lambda value: 0 <= value < math.inf, "Set it to 0 (none) or more."),
     one_of("temperature_schedule", "entropy", "constant"),
     one_of("entropy_estimator", "exact", "sampled"),
+    one_of("advantage_scale", "std", "mean"),
     ("temperature_spread", lambda value: 0 <= value < 2, "Set it in [0, 2), 0 = the same for all prompts."),
     ("length_bias_coef", lambda value: value >= 0, "Set it to 0 (off) or more."),
     ("length_bias_fraction", lambda value: 0 <= value <= 1, "Set it within [0, 1]."),
@@ -39,6 +40,16 @@ COMBINATIONS: list[Combination] = [
             f"estimate. Set entropy_estimator to 'exact', or leave {name} out.",
         )
         for name, is_on in SAMPLERS.items()
+    ),
+    (
+        lambda c: c.advantage_scale == "mean" and c.scale_rewards != "group",
+        "advantage_scale is 'mean' and scale_rewards {c.scale_rewards!r}: both say what advantages are divided by. "
+        "Leave scale_rewards at 'group'.",
+    ),
+    (
+        lambda c: c.advantage_scale == "mean" and c.multi_objective_aggregation == "normalize_then_sum",
+        "advantage_scale is 'mean' and multi_objective_aggregation 'normalize_then_sum', whose sums have the mean 0. "
+        "Set it to 'sum_then_normalize'.",
     ),
     (
         lambda c: c.rollout_allocation == "pilot" and c.dynamic_sampling,

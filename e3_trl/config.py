@@ -62,6 +62,11 @@ class E3GRPOConfig(FastGRPOConfig):
 
         > Parameters that control the rewards of a batch
 
+        advantage_scale (`str`, *optional*, defaults to `"std"`):
+            What the difference of a reward and its group's mean is divided by: the group's `"std"` (Eq. 2), or its
+            `"mean"`, as in MaxRL (https://huggingface.co/papers/2602.02710), which gives prompts that are seldom
+            solved more weight. For rewards of 0 and 1, or others that are not negative. Gradients have another size
+            with it, so it wants a learning rate of its own.
         length_bias_coef (`float`, *optional*, defaults to `0.0`):
             \\( \mu \\): a correct completion of \\( l \\) tokens loses \\( \mu l / (1 + \mu l) \\) of its reward if
             its prompt is easy. Difficulty is counted before, and dynamic sampling drops groups before. In the
@@ -170,6 +175,14 @@ class E3GRPOConfig(FastGRPOConfig):
     )
 
     # Parameters that control the rewards of a batch
+    advantage_scale: str = field(
+        default="std",
+        metadata={
+            "help": "What a reward's difference to its group's mean is divided by: 'std' (Eq. 2), or 'mean', as in "
+            "MaxRL, for rewards that are not negative.",
+            "choices": ["std", "mean"],
+        },
+    )
     length_bias_coef: float = field(
         default=0.0,
         metadata={"help": "mu: a correct completion of l tokens of an easy prompt loses mu*l/(1+mu*l) of its reward."},

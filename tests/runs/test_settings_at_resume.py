@@ -39,6 +39,7 @@ TABLE = {
         {"reward_funcs": [vowel_reward, length_reward]},
     ),
     "entropy_estimator": ("sampled", OBEYED, {}),
+    "advantage_scale": ("mean", OBEYED, {}),
     "length_bias_coef": (0.5, OBEYED, {"length_bias_fraction": 1.0}),
     "length_bias_fraction": (1.0, OBEYED, {"length_bias_coef": 0.5}),
     "dynamic_sampling": (True, OBEYED, {}),

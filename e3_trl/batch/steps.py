@@ -58,7 +58,8 @@ def count(trainer, batch: GenerationBatch) -> None:
         trainer.add_metric("rollouts/discarded", float(len(batch.sampled_ids) - len(batch.group_ids)))
     if trainer.accelerator.is_main_process:
         of_prompt = [method(batch, counts["prompt_id"]) for method in (trainer.difficulty_of, trainer.temperature_of)]
-        trainer.rollout_log.append(trainer.state.global_step + 1, counts, *of_prompt)
+        place = trainer.state.global_step + 1, batch.index, trainer.passes.number
+        trainer.rollout_log.append(place, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
 

@@ -334,6 +334,7 @@ def test_half_a_log_stops_no_run(make_trainer):
 
 
 @pytest.mark.parametrize("name", ["run_state.json", "run_state.safetensors", "model.safetensors", "optimizer.pt"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(make_trainer, caplog, name):
     settings = {"save_strategy": "steps", "save_steps": 2}
     run = make_trainer(max_steps=6, **settings)
@@ -503,6 +504,7 @@ async def raises_later(completions, threshold, **kwargs):
         (raises_later, "'raises_later' raised KeyError: 'a', for one of 16 completions"),
     ],
 )
+@pytest.mark.slow
 def test_a_reward_function_that_raises_is_named_and_costs_nothing(make_trainer, function, message):
     whole = make_trainer(output_dir="whole")
     whole.train()

@@ -188,7 +188,10 @@ TIED_LORA = {"target_modules": "all-linear", "r": 4, "modules_to_save": ["embed_
 
 @pytest.mark.parametrize("lora", [None, TIED_LORA], ids=["full", "LoRA"])
 def test_a_tied_head_arrives(tmp_path, request, tied_model, lora):
-    """On a CPU the engine's head stayed at the weights that it was started with: off by 0.28 after 20 updates."""
+    """
+    On a CPU the engine's head stayed at the weights that it was started with: off by 0.2 to 0.3 after 20 updates. In
+    bfloat16 that takes a CPU with instructions for it: vLLM repacks for no other.
+    """
     path, dtype = tied_model
     if dtype == "float32":
         request.getfixturevalue("float32_engine")

@@ -52,9 +52,9 @@ COMBINATIONS: list[Combination] = [
         "Set it to 'sum_then_normalize'.",
     ),
     (
-        lambda c: c.rollout_allocation == "pilot" and c.dynamic_sampling,
-        "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards of a batch what "
-        "is sampled next. Set one of them only.",
+        lambda c: c.rollout_allocation in ROUND_RULES and c.dynamic_sampling,
+        "rollout_allocation is {c.rollout_allocation!r} and dynamic_sampling True: each decides by the first rewards "
+        "of a batch what is sampled next. Set one of them only.",
     ),
     (
         lambda c: c.temperature_spread > 0 and not c.temperature_min <= c.temperature <= c.temperature_max,
@@ -93,7 +93,7 @@ TEXT_ONLY = {
     "dynamic_sampling": lambda c: c.dynamic_sampling,
     "prompt_selection_ratio": lambda c: c.prompt_selection_ratio < 1,
     "entropy_weighting": lambda c: c.entropy_weighting,
-    "rollout_allocation": lambda c: c.rollout_allocation == "pilot",
+    "rollout_allocation": lambda c: c.rollout_allocation in ROUND_RULES,
     "temperature_spread": lambda c: c.temperature_spread > 0,
 }
 

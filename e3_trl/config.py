@@ -27,9 +27,11 @@ class E3GRPOConfig(FastGRPOConfig):
             every prompt gets `num_generations`, as in TRL, another of [`~e3_trl.method.budget_rules.RULES`], by
             success rate, `"pilot"` = `num_generations_min` of each prompt first, then the rest of those that were not
             all right (https://huggingface.co/papers/2605.26606), from the first batch on and with two calls for
-            completions (for text without tools), or the dotted path of a function of what is known of the prompts
-            ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds ([`~e3_trl.method.budget_rules.Bounds`]) that
-            returns `(B,)` integers. In all the total is constant and the bounds hold.
+            completions (for text without tools), `"vigor"` = the same first, then in three rounds the rest of those
+            whose rewards vary most (https://huggingface.co/papers/2607.22002), or the dotted path of a function of
+            what is known of the prompts ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds
+            ([`~e3_trl.method.budget_rules.Bounds`]) that returns `(B,)` integers. In all the total is constant and the
+            bounds hold.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -123,7 +125,8 @@ class E3GRPOConfig(FastGRPOConfig):
         metadata={
             "help": "How a batch's rollouts are split over its prompts: 'rank' = by difficulty (Algorithm 1), "
             "'uniform' = every prompt gets `num_generations`, 'pilot' = part first, the rest where that was not all "
-            f"right, another of {[*RULES]}, or the dotted path of a rule."
+            f"right, 'vigor' = then in rounds where rewards vary most, another of {[*RULES]}, or the dotted path "
+            "of a rule."
         },
     )
     success_decay: float = field(

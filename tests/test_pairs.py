@@ -57,6 +57,7 @@ OPTIONS = [
     {"rollout_allocation": "knapsack"},
     {"rollout_allocation": "coba"},
     {"rollout_allocation": "pilot"},
+    {"rollout_allocation": "vigor"},
     {"rollout_allocation": "uniform"},
     {"entropy_weighting": True},
     {"temperature_schedule": "constant"},

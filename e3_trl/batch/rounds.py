@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 
 from ..method.advantages import total_rewards
-from ..method.budget_rules import Bounds, commit_rollouts, pilot_rollouts
+from ..method.budget_rules import Bounds, commit_rollouts, pilot_rollouts, refine_rollouts, split_rounds
 from ..method.counts import rollout_counts
 from ..method.dynamic_sampling import DynamicSampling
 from .batch import GenerationBatch, Round
@@ -140,9 +141,9 @@ class InformativeGroups(Rounds):
         return sampling.rows
 
 
-class Pilot(Rounds):
+class Portions(Rounds):
     """
-    Part of each group first, the rest where that part has shown that it is of use.
+    Part of each group first, the rest where that part has shown that it is of use. All that is sampled is trained on.
 
     Args:
         bounds ([`Bounds`]): mean, fewest and most rollouts of a prompt.
@@ -154,24 +155,62 @@ class Pilot(Rounds):
         super().__init__(**kwargs)
         self.bounds, self.correctness_column = bounds, correctness_column
 
+    def run_further(self, ids: np.ndarray, first: np.ndarray) -> None:
+        """Run the rounds after the first one, which gave each of the prompts `ids` so many rollouts."""
+        raise NotImplementedError
+
     def choose(self) -> np.ndarray:
         batch, ids = self.batch, self.batch.prompt_ids
-        mean, fewest, most = self.bounds
-        pilots = pilot_rollouts(len(ids), fewest, batch.num_processes)
-        batch.rounds = [batch.make_round(np.repeat(ids, pilots))]
+        first = pilot_rollouts(len(ids), self.bounds.num_generations_min, batch.num_processes)
+        batch.rounds = [batch.make_round(np.repeat(ids, first))]
         self.run()
+        self.run_further(ids, first)
+        rows = np.argsort(self.places(ids), kind="stable")
+        batch.group_ids = batch.sampled_ids[rows]
+        return rows
+
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """Of each row that was sampled, the place of its prompt in `ids`."""
+        order = np.argsort(ids)
+        return order[np.searchsorted(ids, self.batch.sampled_ids, sorter=order)]
+
+
+class Pilot(Portions):
+    """The rest in one round, to prompts that were not always right ([`~e3_trl.method.budget_rules`])."""
+
+    def run_further(self, ids, first):
+        batch = self.batch
         correctness = batch.round.rewards[:, self.correctness_column].cpu().numpy()
         # In the order of `ids`.
         counts = rollout_counts(batch.round.prompt_ids, correctness, np.zeros(len(correctness)))
         rate = counts["correct"] / np.where(counts["scored"] > 0, counts["scored"], np.nan)
-        rest = commit_rollouts(rate, pilots, mean, most) - pilots
+        rest = commit_rollouts(rate, first, self.bounds.num_generations, self.bounds.num_generations_max) - first
         if rest.any():
             self.run_next(np.repeat(ids, rest))
-        order = np.argsort(ids)
-        place = order[np.searchsorted(ids, batch.sampled_ids, sorter=order)]
-        rows = np.argsort(place, kind="stable")
-        batch.group_ids = batch.sampled_ids[rows]
-        return rows
+
+
+class Vigor(Portions):
+    """The rest in three rounds, each to the half of its prompts whose rewards vary most."""
+
+    NUM_ROUNDS = 3
+
+    def run_further(self, ids, first):
+        batch, sampled, active = self.batch, first, np.ones(len(ids), dtype=bool)
+        rest = len(ids) * self.bounds.num_generations - first.sum()
+        for rows in split_rounds(int(rest), self.NUM_ROUNDS, batch.num_processes):
+            groups = torch.as_tensor(batch.sampled_ids, device=batch.rewards.device)
+            # Also where each function is normalized in its group, after which all vary alike.
+            total = total_rewards(batch.rewards, self.reward_weights, groups).double().cpu()
+            by_prompt = pd.Series(total.numpy()).groupby(self.places(ids))
+            variance, mean = (
+                values.reindex(range(len(ids))).to_numpy() for values in (by_prompt.var(), by_prompt.mean())
+            )
+            given, active = refine_rollouts(variance, mean, sampled, active, rows, self.bounds.num_generations_max)
+            self.run_next(np.repeat(ids, given))
+            sampled = sampled + given
+
+
+ROUNDS = {"pilot": Pilot, "vigor": Vigor}
 
 
 def sampling_of(
@@ -190,7 +229,7 @@ def sampling_of(
     kwargs["aggregation"] = args.multi_objective_aggregation
     if args.dynamic_sampling:
         return InformativeGroups(args.seed, args.max_resample_rounds, **how, **kwargs)
-    if args.rollout_allocation == "pilot":
+    if args.rollout_allocation in ROUNDS:
         bounds = Bounds(args.num_generations, args.num_generations_min, args.num_generations_max)
-        return Pilot(bounds, correctness_column, **how, **kwargs)
+        return ROUNDS[args.rollout_allocation](bounds, correctness_column, **how, **kwargs)
     return OneCall(**how)

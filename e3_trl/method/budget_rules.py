@@ -193,6 +193,79 @@ def commit_rollouts(
     return _most_valuable(success_rate, is_open, num_generations, sampled, num_generations_max)
 
 
+def split_rounds(rest: int, num_rounds: int, num_processes: int = 1) -> list[int]:
+    """
+    Rows of each of the rounds that follow a first one, about as many in each, which the processes can share evenly.
+
+    Args:
+        rest (`int`): rows of all of them, a multiple of `num_processes`.
+        num_rounds (`int`): rounds, of which those that would be empty are left out.
+        num_processes (`int`, *optional*, defaults to `1`): processes that sample as many rows each.
+
+    Example:
+
+    ```python
+    >>> split_rounds(rest=64, num_rounds=3, num_processes=2)
+    [22, 22, 20]
+
+    ```
+    """
+    shares = rest // num_processes
+    each = [shares // num_rounds + (number < shares % num_rounds) for number in range(num_rounds)]
+    return [num_processes * share for share in each if share]
+
+
+def refine_rollouts(
+    variance: np.ndarray, mean_reward: np.ndarray, sampled: np.ndarray, active: np.ndarray, rows: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What the next round gives each prompt: equal parts to that half of the active prompts whose rewards have varied
+    most so far, and what these cannot take to the others, in the same order (VIGOR,
+    https://huggingface.co/papers/2607.22002). Prompts that tie, as all do that were never solved or always, come
+    hardest first: the paper does not say, and it gives least to the never solved.
+
+    Args:
+        variance (`np.ndarray` of shape `(B,)`): of the rewards of each prompt in this batch, NaN = not known.
+        mean_reward (`np.ndarray` of shape `(B,)`): their mean.
+        sampled (`np.ndarray` of shape `(B,)`): rollouts so far.
+        active (`np.ndarray` of shape `(B,)`): whether the prompt was among those that the round before was for.
+        rows (`int`): rollouts of the round.
+        most (`int`): most rollouts of a prompt, over all rounds.
+
+    Returns:
+        `tuple` of two `np.ndarray` of shape `(B,)`: rollouts of each prompt in the round, `rows` in all, and whether
+        the prompt is among the half.
+
+    Example:
+
+    ```python
+    >>> given, active = refine_rollouts(
+    ...     variance=np.array([0.0, 0.25, 0.0, 0.25]),
+    ...     mean_reward=np.array([1.0, 0.5, 0.0, 0.5]),
+    ...     sampled=np.array([2, 2, 2, 2]),
+    ...     active=np.array([True, True, True, True]),
+    ...     rows=8,
+    ...     most=30,
+    ... )
+    >>> given
+    array([0, 4, 0, 4])
+
+    ```
+    """
+    order = np.lexsort((np.nan_to_num(mean_reward), -np.nan_to_num(variance), ~active))
+    half = order[: -(-int(active.sum()) // 2)]
+    room, given = most - sampled, np.zeros_like(sampled)
+    for prompts in (half, order[len(half) :]):
+        # One rollout each until there are no more, or no room.
+        while rows and len(prompts := prompts[given[prompts] < room[prompts]]):
+            turn = prompts[:rows]
+            given[turn] += 1
+            rows -= len(turn)
+    is_active = np.zeros_like(active)
+    is_active[half] = True
+    return given, is_active
+
+
 def _most_valuable(
     success_rate: np.ndarray,
     value_of_nth: Callable[[np.ndarray, np.ndarray], np.ndarray],
@@ -219,7 +292,7 @@ def _most_valuable(
 
 
 def equal_rollouts(stats: PromptStats, bounds: Bounds) -> np.ndarray:
-    """As in GRPO: the same for all. A pilot decides later."""
+    """As in GRPO: the same for all. What is decided by first rewards comes later."""
     return np.full(len(stats.difficulty), bounds.num_generations)
 
 
@@ -232,7 +305,7 @@ RULES: dict[str, Rule] = {
     "coba": lambda stats, bounds: capability_rollouts(stats.success_rate, stats.mean_success_rate, *bounds),
 }
 # Those that go on from the first rewards of the batch.
-ROUND_RULES: dict[str, Rule] = {"pilot": equal_rollouts}
+ROUND_RULES: dict[str, Rule] = {"pilot": equal_rollouts, "vigor": equal_rollouts}
 
 
 def load_rule(name: str) -> Rule:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import vowel_reward
+from conftest import length_reward, vowel_reward
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +21,8 @@ from e3_trl.method.budget_rules import (
     load_rule,
     minimum_variance_rollouts,
     pilot_rollouts,
+    refine_rollouts,
+    split_rounds,
 )
 from e3_trl.method.difficulty import PromptStats
 
@@ -127,6 +129,45 @@ def test_a_pilot_and_what_follows_it(rates, bounds, num_processes):
     assert len(grown) == 0 or np.isnan(rates).any() or np.ptp(grown) <= 1
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 1) | st.just(NAN), st.floats(-1, 1), st.booleans()), min_size=1, max_size=12),
+    st.integers(0, 40),
+    st.integers(0, 40),
+)
+def test_a_round_goes_to_the_half_that_varies_most(prompts, rows, room):
+    variance, mean, active = (np.array(column) for column in zip(*prompts, strict=True))
+    sampled = np.arange(len(prompts)) % 3
+    rows = min(rows, room * len(prompts))
+    most = room + 2
+    given_to, half = refine_rollouts(variance, mean, sampled, active, rows, most)
+    assert given_to.sum() == rows
+    assert ((given_to >= 0) & (sampled + given_to <= most)).all()
+    assert half.sum() == -(-active.sum() // 2)
+    assert active[half].all()
+    known = np.nan_to_num(variance)
+    assert not half.any() or known[half].min() >= known[active & ~half].max(initial=-1)
+    with_room = half & (sampled + given_to < most)
+    assert not with_room.any() or (given_to[~half] == 0).all() or given_to[half].sum() >= rows
+    assert not with_room.any() or np.ptp(given_to[with_room]) <= 1
+
+
+def test_prompts_that_tie_come_hardest_first():
+    """One varies; of the others one was always solved, two never."""
+    given_to, half = refine_rollouts(
+        np.array([0.0, 0.0, 0.25, 0.0]), np.array([1.0, 0.0, 0.5, 0.0]), np.full(4, 2), np.full(4, True), 8, 8
+    )
+    assert given_to.tolist() == [0, 4, 4, 0]
+    assert half.tolist() == [False, True, True, False]
+
+
+@given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 8))
+def test_rounds_can_be_shared_evenly(shares, num_rounds, num_processes):
+    rounds = split_rounds(shares * num_processes, num_rounds, num_processes)
+    assert sum(rounds) == shares * num_processes
+    assert all(rows > 0 and rows % num_processes == 0 for rows in rounds)
+    assert len(rounds) == min(num_rounds, shares)
+
+
 def test_older_rollouts_count_less_and_a_prior_leaves_hope():
     tracker = DifficultyTracker(2, decay=0.5, prior=1.0)
     tracker.observe([0] * 4, [1.0] * 4)
@@ -223,6 +264,50 @@ def test_the_rest_of_a_group_follows_its_pilot(make_trainer):
         budgets_seen |= set(batch.values())
     assert len(budgets_seen) > 2
     assert trainer.difficulty_tracker.num_rollouts.sum() == 12 * 16
+
+
+@pytest.mark.parametrize("reward", [vowel_reward, length_reward], ids=["0, 1", "continuous"])
+def test_four_rounds_follow_the_variance_of_rewards(make_trainer, reward):
+    """Total and bounds as ever; each round is for half as many prompts, and no row is left out."""
+    trainer = make_trainer(
+        rollout_allocation="vigor",
+        reward_funcs=reward,
+        num_generations=8,
+        num_generations_max=24,
+        per_device_train_batch_size=32,
+        max_steps=6,
+    )
+    calls, score = [], trainer.score_round
+
+    def scored(newest, prompts, completions, completion_ids):
+        rewards = score(newest, prompts, completions, completion_ids)
+        calls.append((list(prompts), rewards[:, 0].tolist()))
+        return rewards
+
+    trainer.score_round = scored
+    trainer.train()
+    rows, ids = read_rollouts(trainer.args.output_dir), {p: i for i, p in enumerate(trainer.train_dataset["prompt"])}
+    assert len(calls) == 4 * 6
+    for step in range(6):
+        batch = {row["prompt_id"]: row["rollouts"] for row in rows if row["batch"] == step}
+        rewards, active = {prompt: [] for prompt in batch}, set(batch)
+        for number, (prompts, values) in enumerate(calls[4 * step : 4 * step + 4]):
+            asked = [ids[prompt] for prompt in prompts]
+            if number == 0:
+                assert sorted(asked) == sorted([*batch] * 2)
+            else:
+                assert len(asked) == 8
+                chosen = [np.var(rewards[prompt], ddof=1) for prompt in set(asked)]
+                passed_over = [np.var(rewards[prompt], ddof=1) for prompt in active - set(asked)]
+                assert len(chosen) == {1: 2, 2: 1, 3: 1}[number]
+                assert not passed_over or min(chosen) >= max(passed_over) - 1e-9
+            active = set(asked)
+            for prompt, value in zip(asked, values, strict=True):
+                rewards[prompt].append(value)
+        assert {prompt: len(values) for prompt, values in rewards.items()} == batch
+        assert sum(batch.values()) == 32
+        assert max(batch.values()) <= 24
+    assert trainer.difficulty_tracker.num_rollouts.sum() == 6 * 32
 
 
 def test_a_pilot_that_leaves_nothing_over_is_one_call(make_trainer):

@@ -51,6 +51,7 @@ def kill(model_path):
             assert ended_as == str(-signal.SIGKILL), Path(f"{output_dir}.log").read_text()
 
         yield train
+        process.kill()  # whose stdin the workers of a data loader may still have open
 
 
 def assert_same_run(resumed, whole):
@@ -79,6 +80,7 @@ def assert_same_run(resumed, whole):
         (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
         (8, {"success_decay": 0.5, "temperature_spread": 0.5}),  # a temperature for each
         (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
+        (8, {**WINDOW, "rollout_allocation": "vigor", "max_steps": 40, "save_steps": 1}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
         (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),

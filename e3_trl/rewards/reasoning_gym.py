@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -93,7 +94,8 @@ def load_splits(name: str, config: dict | str | None, splits: list[str]) -> Data
         splits (`list[str]`): which of `train` and `test` to make.
     """
     if isinstance(config, str):
-        config = yaml.safe_load(config)  # to which JSON belongs
+        with suppress(yaml.YAMLError):
+            config = yaml.safe_load(config)  # to which JSON belongs
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"dataset_config is {config!r}. Set it to a mapping, such as {{size: 500, seed: 0}}.")
     settings = dict(config or {})

@@ -28,6 +28,7 @@ from ..evaluation.metrics import evaluation_report
 from ..evaluation.problems import answers_for, join_problems, load_problems
 from ..runs.report import read_report, write_json
 from . import mistakes_named
+from .models import check_model
 
 
 matplotlib.use("Agg")
@@ -95,6 +96,8 @@ def load_benchmarks(args: EvaluationArguments) -> pd.DataFrame:
 
 def evaluate(args: EvaluationArguments) -> dict:
     """Sample, score and report: see [`~e3_trl.evaluation.metrics.evaluation_report`]."""
+    for model in args.model_name_or_path:
+        check_model(model)
     problems = load_benchmarks(args)
     columns = problems.to_dict("list")
     load_scorer(args.reward_func, list(columns))

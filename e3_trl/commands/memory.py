@@ -42,6 +42,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from . import mistakes_named
+from .models import check_model
 
 
 # What CUDA reports of a GPU sold as so many GB: A100 and H100, A10 and L4 (with ECC).
@@ -118,6 +119,8 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     size, num_gpus, num_nodes = gpus or read_gpus(path)
     (model,) = HfArgumentParser(ModelConfig).parse_dict(recipe, allow_extra_keys=True)
     is_beside = not hub and (path.parent / "config.json").is_file()
+    if not is_beside:
+        check_model(model.model_name_or_path)
     config = AutoConfig.from_pretrained(path.parent if is_beside else model.model_name_or_path)
     parameters = count_parameters(config, get_peft_config(model))
     total, trained = parameters["total"], parameters["trained"]

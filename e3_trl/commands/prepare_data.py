@@ -43,6 +43,7 @@ from ..evaluation.completions import (
 from ..evaluation.problems import answers_for, join_problems, load_problems, normalize_problem, problem_text
 from ..runs.report import write_json
 from . import mistakes_named
+from .models import check_model
 
 
 matplotlib.use("Agg")
@@ -403,6 +404,9 @@ def push(folder: Path, name: str) -> None:
 
 
 def main(args: PreparationArguments) -> None:
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        if getattr(args, name) is not None:
+            check_model(getattr(args, name), name)
     raw = load_raw(args)
     test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
     scorer = load_scorer(args.reward_func, list(raw))

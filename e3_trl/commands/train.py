@@ -29,6 +29,7 @@ from ..rewards import REWARD_FUNCS, load_reward_func
 from ..runs.publishing import check_hub_access, publish
 from ..runs.run_folder import FIGURES
 from . import mistakes_named
+from .models import check_model
 
 
 CONFIGS = {"e3": E3GRPOConfig, "fast_grpo": FastGRPOConfig}
@@ -93,6 +94,9 @@ def make_trainer(script_args: E3ScriptArguments, training_args: FastGRPOConfig, 
     """The trainer that a recipe describes; `ValueError` if something in it is wrong."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
+    given = training_args.model_init_kwargs or {}
+    revision = given.get("revision", model_args.model_revision)
+    check_model(model_args.model_name_or_path, revision=revision, cache_dir=given.get("cache_dir"))
     if training_args.hub_token is not None:
         # transformers pickles the arguments beside the model, and that file is pushed.
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_dataset
+from hub_server import Hub
 
 import e3_trl
 from e3_trl import __version__, cli
@@ -108,7 +110,7 @@ def recipe(model_path, tmp_path):
         ({"num_generation": 4}, "ValueError: .*num_generation"),
         ({"dataset_name": "nowhere.jsonl"}, "ValueError: dataset_name is 'nowhere.jsonl', and there is no such file"),
         ({"num_generations_max": 3}, "ValueError: num_generations_max is 3"),
-        ({"model_name_or_path": "./nowhere"}, "(OSError|ValueError|HFValidationError): .*nowhere"),
+        ({"model_name_or_path": "./nowhere"}, "ValueError: model_name_or_path is .*there is no such folder"),
     ],
     ids=str,
 )
@@ -122,6 +124,38 @@ def test_a_mistake_is_one_message(recipe, changes, message, monkeypatch, tmp_pat
     monkeypatch.setenv("E3_TRACEBACK", "1")
     with pytest.raises((ValueError, OSError)):
         cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "is no such folder. Check the path") for name in ("../nowhere", "/nowhere", "a/b/c", "a/", "a b")),
+        ("outputs/nowhere", r"folder here, and the Hub cannot be reached \(http://127.0.0.1:9: .*Give a folder, or"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare-data", "prepare-data --tokenizer_name_or_path"])
+def test_a_model_that_is_not_there_is_named_at_once(recipe, command, name, message, monkeypatch, tmp_path, model_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    command, field = (*command.split(), "--model_name_or_path")[:2]
+    arguments = {
+        "train": ["--config", recipe()],
+        "evaluate": ["--benchmarks", "problems.jsonl"],
+        "prepare-data": ["--dataset_name", "problems.jsonl", "--model_name_or_path", model_path],
+    }[command]
+    begin = time.monotonic()
+    with pytest.raises(SystemExit, match=f"{field[2:]} is '{name}', (?s:.*){message}"):
+        cli.main([command, *arguments, field, name])
+    assert time.monotonic() - begin < 10
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with Hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(SystemExit, match="'me/nowhere', which is no folder here and no model on the Hub.*Check"):
+            cli.main(["train", "--config", recipe(model_name_or_path="me/nowhere")])
 
 
 def test_an_accelerate_configuration_that_is_not_there_is_named():

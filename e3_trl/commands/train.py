@@ -22,6 +22,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from .. import E3GRPOConfig, FastGRPOConfig
@@ -213,6 +214,9 @@ def launch(config: str, arguments: list[str]) -> None:
         launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # of one process, which has said why
         sys.exit(error.returncode)
+    except ChildFailedError as error:  # of several: a signal alone, as of a lack of memory, is told by nobody else
+        status = error.get_first_failure()[1].exitcode
+        sys.exit(status if status > 0 else str(error))
 
 
 def choose_trainer(arguments: list[str] | None) -> str:

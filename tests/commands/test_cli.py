@@ -158,6 +158,32 @@ def test_a_name_that_the_hub_does_not_know_is_named(recipe, monkeypatch, tmp_pat
             cli.main(["train", "--config", recipe(model_name_or_path="me/nowhere")])
 
 
+def test_a_rank_says_what_it_alone_has_met(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("e3_trl.commands.LAUNCHER_ENDS_OTHERS", 0.5)
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit, match="num_generations_max is 3") as ended:
+            cli.main(["train", "--config", recipe(num_generations_max=3)])
+        said[rank] = ended.value.code, time.monotonic() - begin > 0.5
+    assert said["1"] == (f"Rank 1: {said['0'][0]}", True), "after the launcher could have ended it"
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_ranks_is_said_once(recipe, tmp_path):
+    config = yaml.safe_load((ROOT / "e3_trl" / "accelerate_configs" / "multi_gpu.yaml").read_text())
+    config |= {"num_processes": 2, "main_process_port": 0, "mixed_precision": "no"}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", recipe(model_name_or_path="./nowhere", ddp_backend="gloo")]
+    command = [sys.executable, "-m", "e3_trl.cli", "train", "--accelerate_config", "two.yaml", *arguments]
+    done = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert done.stderr.count("model_name_or_path is './nowhere'") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_an_accelerate_configuration_that_is_not_there_is_named():
     with pytest.raises(SystemExit, match="accelerate_config is 'zero4'. Give a file, or one of cpu, .*zero3_8gpu"):
         cli.main(["train", "--accelerate_config", "zero4", "--config", "recipe.yaml"])

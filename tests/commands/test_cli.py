@@ -226,6 +226,41 @@ def test_memory_of_a_recipe_of_ones_own(recipe, capsys):
         cli.main(["memory", "--config", recipe(), "--gpu_memory", "40"])
 
 
+@pytest.mark.parametrize(("dtype", "as_much_as"), [("auto", "float32"), ("float16", "bfloat16")])
+def test_memory_of_lora_in_any_data_type(recipe, dtype, as_much_as):
+    """The checkpoint's is float32."""
+    memory = pytest.importorskip(
+        "e3_trl.commands.memory", reason="DeepSpeed is not installed: `make install` brings it"
+    )
+    weights = {}
+    for name in (dtype, as_much_as, "float32"):
+        path = Path(recipe(vllm_max_model_length=64, use_peft=True, dtype=name))
+        weights[name] = memory.estimate(path, gpus=(40, 1, 1))["weights"]
+    assert weights[dtype] == weights[as_much_as]
+    assert (weights[dtype] == weights["float32"]) == (dtype == "auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sequences"),
+    [
+        ({}, 16),
+        ({"gradient_accumulation_steps": 2}, 32),
+        ({"generation_batch_size": 64}, 32),
+        ({"use_vllm": True, "vllm_mode": "server"}, 0),
+    ],
+)
+def test_memory_counts_vllm_where_it_is(recipe, settings, sequences):
+    memory = pytest.importorskip(
+        "e3_trl.commands.memory", reason="DeepSpeed is not installed: `make install` brings it"
+    )
+    common = {"vllm_max_model_length": 64, "vllm_gpu_memory_utilization": 0.5}
+    without = memory.estimate(Path(recipe(**common, **settings)), gpus=(40, 2, 1))
+    assert (without["vllm_weights"], without["sequences"]) == (0, sequences)
+    assert without["kv_cache"] == sequences * 64 * 2 * 2 * 2 * 32, "rows x tokens x layers x 2 bytes x key, value x 32"
+    assert without["peak"] < 2**30
+    assert memory.estimate(Path(recipe(**common, use_vllm=True)), gpus=(40, 2, 1))["peak"] > 20e9
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The wheel, installed where nothing else is; what it requires comes from the environment of the tests."""

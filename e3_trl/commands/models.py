@@ -9,7 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 
 def check_model(
-    name: str, field: str = "model_name_or_path", revision: str | None = None, cache_dir: str | None = None
+    name: str,
+    field: str = "model_name_or_path",
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
 ) -> None:
     """
     Raise `ValueError` if a model is neither a folder nor on the Hub. transformers would ask the Hub for half a minute,
@@ -18,7 +22,7 @@ def check_model(
     Args:
         name (`str`): folder, or name on the Hub.
         field (`str`, *optional*, defaults to `"model_name_or_path"`): the setting that names it.
-        revision, cache_dir (`str`, *optional*): as in `from_pretrained`.
+        revision, cache_dir, token (`str`, *optional*): as in `from_pretrained`.
     """
     if Path(name).exists():
         return
@@ -34,7 +38,7 @@ def check_model(
             f"{field} is {name!r}, and there is no such folder. Check the path, or name a model on the Hub."
         )
     try:
-        HfApi().model_info(name, revision=revision, timeout=10)
+        HfApi().model_info(name, revision=revision, timeout=10, token=token)
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"{field} is {name!r}, which is no folder here and no model on the Hub that is open to you. Check the "

@@ -95,14 +95,18 @@ def make_trainer(script_args: E3ScriptArguments, training_args: FastGRPOConfig, 
     """The trainer that a recipe describes; `ValueError` if something in it is wrong."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
-    given = training_args.model_init_kwargs or {}
-    revision = given.get("revision", model_args.model_revision)
-    check_model(model_args.model_name_or_path, revision=revision, cache_dir=given.get("cache_dir"))
     if training_args.hub_token is not None:
         # transformers pickles the arguments beside the model, and that file is pushed.
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if training_args.push_to_hub and training_args.process_index == 0:
         check_hub_access(repo_name(training_args), private=training_args.hub_private_repo)
+    given = training_args.model_init_kwargs or {}
+    check_model(
+        model_args.model_name_or_path,
+        revision=given.get("revision", model_args.model_revision),
+        cache_dir=given.get("cache_dir"),
+        token=given.get("token"),
+    )
     dataset = load_data(script_args)
     splits = {"dataset_train_split": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":

@@ -310,6 +310,10 @@ def test_an_unfinished_folder_is_refused_before_the_hub_is_asked(here, tmp_path)
         publish(tmp_path, REPO, WRITE)
 
 
+def test_a_card_that_is_for_no_repository_names_its_folder(trained):
+    assert f'model="{trained}", device_map' in (Path(trained) / "README.md").read_text()
+
+
 def test_the_card_shows_results_once(folder):
     report = json.loads((folder / "report.json").read_text())
     report["benchmarks"] = {"AIME 2024": {"pass@k": {"16": 0.75, "1": 0.3125}}}

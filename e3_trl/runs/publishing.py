@@ -198,10 +198,9 @@ def _explained(what: str):
         remedy = {
             400: f"{refused} Correct what it names, most often the metadata of README.md.",
             401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write.",
-            403: "Use a token that can write there, or another repository (hub_model_id, or REPO of `make push`).",
+            403: "Use a token that can write there, or another repository (hub_model_id, `e3-trl push`).",
             404: f"{refused} Check the names of the repository and the branch (hub_revision).",
         }.get(status, "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE).")
         raise HubError(
-            f"{what}: {cause}\n{remedy} What is trained already goes up with "
-            "`make push MODEL=<output_dir> REPO=<name>`."
+            f"{what}: {cause}\n{remedy} What is trained already goes up with `e3-trl push <output_dir> <name>`."
         ) from error

@@ -250,7 +250,7 @@ def test_no_token_is_noticed_before_anything_is_read(here):
 def test_an_upload_that_breaks_off_loses_nothing(hub, here, model_path, tmp_path, monkeypatch):
     # Enough for the saves, which transformers pushes in the background and without a word if that fails, and the end.
     hub.failures = 9 * [("POST", "/commit/", "drop")]
-    with pytest.raises(HubError, match="(?s)complete on disk.*make push MODEL="):
+    with pytest.raises(HubError, match="(?s)complete on disk.*e3-trl push <output_dir>"):
         train.run(["--config", write_recipe(tmp_path, WRITE, model_path)])
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert hub.commits == []

@@ -1,10 +1,13 @@
 """What each `e3-trl <command>` does, a module each."""
 
+import argparse
+import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import yaml
 
@@ -34,3 +37,39 @@ def mistakes_named(has_begun: Callable[[], bool] = lambda: False) -> Iterator[No
             time.sleep(LAUNCHER_ENDS_OTHERS + int(os.environ.get("LOCAL_RANK", 0)))
         of_rank = f"Rank {rank}: " if rank > 0 else ""
         sys.exit(f"{of_rank}{type(error).__name__}: {error}\n(E3_TRACEBACK=1 shows where.)")
+
+
+def parse_settings(parser, arguments: list[str] | None, of: str, elsewhere: dict[str, str] | None = None) -> tuple:
+    """
+    What `parser.parse_args_and_config` returns.
+
+    Args:
+        parser (`TrlParser`): of the settings.
+        arguments (`list[str]`, *optional*): of the command. `None` = those of the process.
+        of (`str`): what the settings are of, for messages.
+        elsewhere (`dict[str, str]`, *optional*): settings of something else, and what to do about each.
+
+    Raises:
+        `ValueError`: if the configuration or the command line has a name that is no setting, with what may be meant.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    config, rest = config_parser.parse_known_args(arguments)
+    settings = {}
+    if config.config is not None:
+        with open(config.config) as file:
+            settings = yaml.safe_load(file)
+    known = [field.name for owner in parser.dataclass_types for field in fields(owner) if field.init]
+    named = list(settings) if isinstance(settings, dict) else []  # if not, the parser says so
+    named += [one.partition("=")[0] for one in parser.parse_known_args(rest)[1] if one.startswith("--")]
+    unknown = [str(name).removeprefix("--") for name in named if name not in (*known, "env")]
+    if unknown:
+        remedies = {name: (elsewhere or {}).get(name) or _nearest(name, known) for name in unknown}
+        raise ValueError(" ".join(f"{name} is not a setting of {of}. {what}" for name, what in remedies.items()))
+    return parser.parse_args_and_config(arguments)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"Did you mean {near[0]}?" if near else "Leave it out; --help lists those that there are."

@@ -27,7 +27,7 @@ from ..evaluation.completions import CompletionSampler, SamplingConfig, load_sco
 from ..evaluation.metrics import evaluation_report
 from ..evaluation.problems import answers_for, join_problems, load_problems
 from ..runs.report import read_report, write_json
-from . import mistakes_named
+from . import mistakes_named, parse_settings
 from .models import check_model
 
 
@@ -246,4 +246,4 @@ def main(args: EvaluationArguments) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     with mistakes_named():
-        main(*TrlParser(EvaluationArguments).parse_args_and_config(arguments))
+        main(*parse_settings(TrlParser(EvaluationArguments), arguments, "e3-trl evaluate"))

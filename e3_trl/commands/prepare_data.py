@@ -42,7 +42,7 @@ from ..evaluation.completions import (
 )
 from ..evaluation.problems import answers_for, join_problems, load_problems, normalize_problem, problem_text
 from ..runs.report import write_json
-from . import mistakes_named
+from . import mistakes_named, parse_settings
 from .models import check_model
 
 
@@ -447,4 +447,4 @@ def main(args: PreparationArguments) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     with mistakes_named():
-        main(*TrlParser(PreparationArguments).parse_args_and_config(arguments))
+        main(*parse_settings(TrlParser(PreparationArguments), arguments, "e3-trl prepare-data"))

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -29,7 +29,7 @@ from .. import E3GRPOConfig, FastGRPOConfig
 from ..rewards import REWARD_FUNCS, load_reward_func
 from ..runs.publishing import check_hub_access, publish
 from ..runs.run_folder import FIGURES
-from . import mistakes_named
+from . import mistakes_named, parse_settings
 from .models import check_model
 
 
@@ -260,7 +260,9 @@ def run(arguments: list[str] | None = None) -> None:
             launch(own.accelerate_config, rest)
         return
     with mistakes_named():
-        script_args, *others = make_parser(choose_trainer(rest)).parse_args_and_config(rest)
+        name = choose_trainer(rest)
+        of_e3 = {field.name: "Set trainer to 'e3', or leave it out." for field in fields(E3GRPOConfig)}
+        script_args, *others = parse_settings(make_parser(name), rest, f"trainer {name!r}", of_e3)
         trainer = make_trainer(script_args, *others)
     train(trainer, script_args)
 

@@ -107,7 +107,11 @@ def recipe(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generation": 4}, "ValueError: .*num_generation"),
+        (
+            {"num_generation": 4, "xyzzy": 1, "env": {}},
+            "ValueError: num_generation is not a setting of trainer 'e3'. Did you mean num_generations\\? xyzzy is "
+            "not a setting of trainer 'e3'. Leave it out",
+        ),
         ({"dataset_name": "nowhere.jsonl"}, "ValueError: dataset_name is 'nowhere.jsonl', and there is no such file"),
         ({"num_generations_max": 3}, "ValueError: num_generations_max is 3"),
         ({"model_name_or_path": "./nowhere"}, "ValueError: model_name_or_path is .*there is no such folder"),
@@ -124,6 +128,30 @@ def test_a_mistake_is_one_message(recipe, changes, message, monkeypatch, tmp_pat
     monkeypatch.setenv("E3_TRACEBACK", "1")
     with pytest.raises((ValueError, OSError)):
         cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --config RECIPE --lerning_rate=1", "lerning_rate is not .* trainer 'e3'. Did you mean learning_rate"),
+        ("train --config RECIPE --xyzzy 1", "xyzzy is not a setting of trainer 'e3'. Leave it out; --help"),
+        (
+            "train --config RECIPE --trainer fast_grpo --temperature_schedule constant",
+            "temperature_schedule is not a setting of trainer 'fast_grpo'. Set trainer to 'e3', or leave it out",
+        ),
+        (
+            "evaluate --num_sample=2 --benchmark x.jsonl --sede 1",
+            "sede is not a setting of e3-trl evaluate. Did you me",
+        ),
+        (
+            "prepare-data --max_prompt_token=2 --datasets x",
+            "datasets is not a setting of e3-trl prepare-data. Did you m",
+        ),
+    ],
+)
+def test_a_mistyped_setting_is_told_the_nearest(recipe, arguments, message):
+    with pytest.raises(SystemExit, match=f"^ValueError: {message}"):
+        cli.main(arguments.replace("RECIPE", recipe()).split())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from transformers import TrainerCallback
 
 from .checks import warn_of_a_first_pass_alone
+from .grpo.watch import Rule
 from .method.temperature import EntropyWindow, TemperatureSchedule
 
 
@@ -75,6 +76,24 @@ class TemperatureCallback(TrainerCallback):
             schedule.initial_entropy = args.temperature_target_entropy
         self.trainer.temperature = schedule.temperature
         self.window = EntropyWindow(**state["window"])
+
+
+def clamp_rules(temperature_min: float, temperature_max: float) -> list[Rule]:
+    """What [`~e3_trl.grpo.watch.WatchCallback`] warns of where a schedule moves the temperature between these."""
+    return [
+        (
+            "temperature",
+            lambda value: value >= temperature_max * (1 - 1e-9),  # a mean over several steps is rounded
+            f"the temperature was at temperature_max ({temperature_max}): the entropy that is missing is not to be "
+            "had by sampling hotter. Set a lower temperature_target_entropy, or a lower annealing_factor.",
+        ),
+        (
+            "temperature",
+            lambda value: value <= temperature_min * (1 + 1e-9),
+            f"the temperature was at temperature_min ({temperature_min}), and the entropy above its target. Set a "
+            "higher temperature_target_entropy, or a lower temperature_min.",
+        ),
+    ]
 
 
 class TelemetryCallback(TrainerCallback):

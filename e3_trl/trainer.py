@@ -13,7 +13,7 @@ from .batch.prompt_ids import PROMPT_ID, IndexedCollator, IndexedPrompts
 from .batch.rollout_func import check_rollouts
 from .batch.rounds import OneCall, sampling_of
 from .batch.sampler import RolloutBudgetSampler
-from .callbacks import TelemetryCallback, TemperatureCallback
+from .callbacks import TelemetryCallback, TemperatureCallback, clamp_rules
 from .checks import check_run, correctness_column, initial_difficulty
 from .config import E3GRPOConfig
 from .grpo.trainer import FastGRPOTrainer
@@ -141,6 +141,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
         if args.temperature_schedule == "entropy":
             schedule = args.make_temperature_schedule(self.model.config.get_text_config().vocab_size)
             self.add_callback(TemperatureCallback(self, schedule))
+            self.watch.rules += clamp_rules(args.temperature_min, args.temperature_max)
         if set(DASHBOARDS) & set(args.report_to):
             self.callback_handler.callbacks.insert(0, DashboardCallback(self))  # it has to come before theirs
 

@@ -64,6 +64,12 @@ def make_config(tmp_path, **settings):
         ({"length_bias_coef": -0.1}, "length_bias_coef is -0.1. Set"),
         ({"length_bias_fraction": 1.1}, "length_bias_fraction is 1.1. Set"),
         ({"micro_batching": "columns"}, "micro_batching is 'columns'. Set"),
+        ({"loss_type": "gropo"}, "loss_type is 'gropo'. Set it to 'grpo', .* or 'vespo'"),
+        ({"importance_sampling_level": "row"}, "importance_sampling_level is 'row'. Set it to 'token' or 'sequence'"),
+        ({"scale_rewards": "groups"}, "scale_rewards is 'groups'. Set it to 'group', 'batch' or 'none'"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation is 'sum'. Set it to 'sum_then_norm"),
+        ({"vllm_mode": "serve"}, "vllm_mode is 'serve'. Set it to 'colocate' or 'server'"),
+        ({"vllm_importance_sampling_mode": "mask"}, "vllm_importance_sampling_mode is 'mask'. Set it to 'token_tr"),
         ({"micro_batching": "tokens", "max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch is 0 .*Set"),
         ({"max_tokens_per_micro_batch": 9}, "max_tokens_per_micro_batch is 9 and micro_batching is 'rows'. Set"),
         ({"entropy_estimator": "guessed"}, "entropy_estimator is 'guessed'. Set"),
@@ -148,6 +154,10 @@ def with_column(name, values):
         (make_dataset().rename_column("prompt", "question"), {}, r"no column 'prompt'.*\['question', 'threshold'\]"),
         (make_dataset().remove_columns("threshold"), {}, "'vowel_reward' needs a column 'threshold'.*Add or rename"),
         (make_dataset(), {"difficulty_column": "level"}, "difficulty_column is 'level', but the dataset has only"),
+        *(
+            (with_column(name, ["a"] * 16), {}, f"The dataset has a column '{name}', the name of what.*Rename it")
+            for name in ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+        ),
         (with_column("e3_prompt_id", list(range(16))), {}, "column 'e3_prompt_id', the name under.*Rename it"),
         (with_column("level", [0.5] * 15 + [10.0]), {"difficulty_column": "level"}, "'level' holds 10.0. Scale it"),
         (with_column("level", [-0.5] * 16), {"difficulty_column": "level"}, "'level' holds -0.5. Scale it"),

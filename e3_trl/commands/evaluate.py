@@ -27,7 +27,8 @@ from ..evaluation.completions import CompletionSampler, SamplingConfig, load_sco
 from ..evaluation.metrics import evaluation_report
 from ..evaluation.problems import answers_for, join_problems, load_problems
 from ..runs.report import read_report, write_json
-from . import mistakes_named
+from . import mistakes_named, parse_settings
+from .models import check_model
 
 
 matplotlib.use("Agg")
@@ -101,6 +102,8 @@ def load_benchmarks(args: EvaluationArguments) -> pd.DataFrame:
 
 def evaluate(args: EvaluationArguments) -> dict:
     """Sample, score and report: see [`~e3_trl.evaluation.metrics.evaluation_report`]."""
+    for model in args.model_name_or_path:
+        check_model(model)
     problems = load_benchmarks(args)
     columns = problems.to_dict("list")
     load_scorer(args.reward_func, list(columns))
@@ -249,4 +252,4 @@ def main(args: EvaluationArguments) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     with mistakes_named():
-        main(*TrlParser(EvaluationArguments).parse_args_and_config(arguments))
+        main(*parse_settings(TrlParser(EvaluationArguments), arguments, "e3-trl evaluate"))

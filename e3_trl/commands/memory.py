@@ -10,7 +10,8 @@ tokens, C = `max_completion_length` of them completion.
 
 - Full fine-tuning under ZeRO-3, by DeepSpeed's estimator: weights 2 P/N + 4 x the largest layer (gathered), gradients
   4 P/N, optimizer 12 P/N (the float32 copy and Adam's two moments).
-- LoRA on one GPU: weights b P + 4 P_t with b bytes in `dtype`, gradients 4 P_t, optimizer 8 P_t.
+- LoRA on one GPU: weights b P + 4 P_t with b bytes in `dtype` (`auto` = the checkpoint's), gradients 4 P_t, optimizer
+  8 P_t.
 - Activations with checkpointing: 2 L R S h for the inputs of all layers; 2 x 2 R S (12 h + 4 i), one layer computed
   again and as much for its gradients, with LoRA 6 h + i more for the adapters' inputs; 2 R S^2 for the mask.
 - Logits: TRL projects them tile by tile, so 2 x the tile and 4 R C h for the gradient; 4 V h more if the head is
@@ -18,7 +19,8 @@ tokens, C = `max_completion_length` of them completion.
 - Evaluation: all E rows in one forward pass without gradients; most is held in the MLP, E S (8 h + 6 i), with LoRA on
   a float32 base E S (18 h + 8 i), and E S^2 for the mask.
 - vLLM: 2 P weights; 2 GiB for its own activations and CUDA graphs; what is left of `vllm_gpu_memory_utilization` is KV
-  cache, of which a sequence of S tokens takes 4 L S x key-value heads x head size.
+  cache, of which a sequence of S tokens takes 4 L S x key-value heads x head size. Without vLLM as much for each row
+  that a GPU samples, all at once; with a vLLM server, which has GPUs of its own, none.
 
 In sleep mode vLLM, training's activations and logits, and evaluation's forward pass are not there at once: the peak is
 the model's states and the largest of the three. That an evaluation samples all its prompts in one call changes nothing
@@ -31,6 +33,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import init_empty_weights
 from accelerate.commands.config.config_args import load_config_from_file
@@ -42,6 +45,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from . import mistakes_named
+from .models import check_model
 
 
 # What CUDA reports of a GPU sold as so many GB: A100 and H100, A10 and L4 (with ECC).
@@ -98,6 +102,14 @@ def read_gpus(path: Path) -> tuple[int, int, int]:
     return int(named[1]), launch.num_processes, launch.num_machines
 
 
+def rows_sampled(recipe: dict, num_gpus: int) -> int:
+    """Rows of a generation batch that one GPU samples."""
+    if recipe["generation_batch_size"] is not None:
+        return recipe["generation_batch_size"] // num_gpus
+    steps = recipe["steps_per_generation"] or recipe["gradient_accumulation_steps"]
+    return recipe["per_device_train_batch_size"] * steps
+
+
 def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = None) -> dict[str, float]:
     """
     Memory per GPU of the recipe at `path`.
@@ -118,13 +130,16 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     size, num_gpus, num_nodes = gpus or read_gpus(path)
     (model,) = HfArgumentParser(ModelConfig).parse_dict(recipe, allow_extra_keys=True)
     is_beside = not hub and (path.parent / "config.json").is_file()
+    if not is_beside:
+        check_model(model.model_name_or_path)
     config = AutoConfig.from_pretrained(path.parent if is_beside else model.model_name_or_path)
     parameters = count_parameters(config, get_peft_config(model))
     total, trained = parameters["total"], parameters["trained"]
 
     memory = {"gpu": GPU_MEMORY.get(size, size * 10**9)}
     if model.use_peft:
-        memory["weights"] = {"bfloat16": 2, "float32": 4}[model.dtype] * total + 4 * trained
+        dtype = config.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+        memory["weights"] = (dtype or torch.float32).itemsize * total + 4 * trained
         memory["gradients"], memory["optimizer"] = 4 * trained, 8 * trained
     else:
         _, states, gathered = estimate_zero3_model_states_mem_needs(
@@ -149,13 +164,17 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     rows = recipe["per_device_eval_batch_size"]
     memory["evaluation"] = rows * length * evaluation_bytes_per_token(config, model.use_peft) + rows * length**2
 
-    vllm = recipe["vllm_gpu_memory_utilization"] * memory["gpu"]
-    memory["vllm_weights"] = 2 * total / recipe["vllm_tensor_parallel_size"]
-    memory["kv_cache"] = vllm - memory["vllm_weights"] - VLLM_OVERHEAD
     sequence = 4 * layers * length * config.num_key_value_heads * hidden // config.num_attention_heads
-    memory["sequences"] = memory["kv_cache"] * recipe["vllm_tensor_parallel_size"] / sequence
+    if recipe["use_vllm"] and recipe["vllm_mode"] == "colocate":
+        sampling = recipe["vllm_gpu_memory_utilization"] * memory["gpu"]
+        memory["vllm_weights"] = 2 * total / recipe["vllm_tensor_parallel_size"]
+        memory["kv_cache"] = sampling - memory["vllm_weights"] - VLLM_OVERHEAD
+        memory["sequences"] = memory["kv_cache"] * recipe["vllm_tensor_parallel_size"] / sequence
+    else:
+        memory["vllm_weights"], memory["sequences"] = 0, 0 if recipe["use_vllm"] else rows_sampled(recipe, num_gpus)
+        memory["kv_cache"] = sampling = memory["sequences"] * sequence
     states = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    memory["peak"] = states + max(memory["activations"] + memory["logits"], memory["evaluation"], vllm)
+    memory["peak"] = states + max(memory["activations"] + memory["logits"], memory["evaluation"], sampling)
     return memory
 
 

@@ -29,7 +29,10 @@ def sample_logits(model_name: str, prompts_file: str, max_new_tokens: int) -> np
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import apply_chat_template, is_conversational
 
+    from .models import check_model
+
     set_seed(0)
+    check_model(model_name, "--model")
     if not Path(prompts_file).is_file():
         raise ValueError(f"There is no file {prompts_file!r} with prompts. Name one with --prompts.")
     kind = "parquet" if prompts_file.endswith(".parquet") else "json"

@@ -42,7 +42,8 @@ from ..evaluation.completions import (
 )
 from ..evaluation.problems import answers_for, join_problems, load_problems, normalize_problem, problem_text
 from ..runs.report import write_json
-from . import mistakes_named
+from . import mistakes_named, parse_settings
+from .models import check_model
 
 
 matplotlib.use("Agg")
@@ -408,6 +409,9 @@ def push(folder: Path, name: str) -> None:
 
 
 def main(args: PreparationArguments) -> None:
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        if getattr(args, name) is not None:
+            check_model(getattr(args, name), name)
     raw = load_raw(args)
     test_prompts = [
         prompt for name in args.test_sets for prompt in load_problems(name, config=args.dataset_config)["prompt"]
@@ -450,4 +454,4 @@ def main(args: PreparationArguments) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     with mistakes_named():
-        main(*TrlParser(PreparationArguments).parse_args_and_config(arguments))
+        main(*parse_settings(TrlParser(PreparationArguments), arguments, "e3-trl prepare-data"))

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from .. import E3GRPOConfig, FastGRPOConfig
@@ -29,7 +30,8 @@ from ..rewards import REWARD_FUNCS, load_reward_func
 from ..rewards.reasoning_gym import is_reasoning_gym, load_splits
 from ..runs.publishing import check_hub_access, publish
 from ..runs.run_folder import FIGURES
-from . import mistakes_named
+from . import mistakes_named, parse_settings
+from .models import check_model
 
 
 CONFIGS = {"e3": E3GRPOConfig, "fast_grpo": FastGRPOConfig}
@@ -110,6 +112,13 @@ def make_trainer(script_args: E3ScriptArguments, training_args: FastGRPOConfig, 
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if training_args.push_to_hub and training_args.process_index == 0:
         check_hub_access(repo_name(training_args), private=training_args.hub_private_repo)
+    given = training_args.model_init_kwargs or {}
+    check_model(
+        model_args.model_name_or_path,
+        revision=given.get("revision", model_args.model_revision),
+        cache_dir=given.get("cache_dir"),
+        token=given.get("token"),
+    )
     dataset = load_data(script_args)
     splits = {"dataset_train_split": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
@@ -223,6 +232,9 @@ def launch(config: str, arguments: list[str]) -> None:
         launch_command(launch_command_parser().parse_args(command))
     except subprocess.CalledProcessError as error:  # of one process, which has said why
         sys.exit(error.returncode)
+    except ChildFailedError as error:  # of several: a signal alone, as of a lack of memory, is told by nobody else
+        status = error.get_first_failure()[1].exitcode
+        sys.exit(status if status > 0 else str(error))
 
 
 def choose_trainer(arguments: list[str] | None) -> str:
@@ -262,7 +274,9 @@ def run(arguments: list[str] | None = None) -> None:
             launch(own.accelerate_config, rest)
         return
     with mistakes_named():
-        script_args, *others = make_parser(choose_trainer(rest)).parse_args_and_config(rest)
+        name = choose_trainer(rest)
+        of_e3 = {field.name: "Set trainer to 'e3', or leave it out." for field in fields(E3GRPOConfig)}
+        script_args, *others = parse_settings(make_parser(name), rest, f"trainer {name!r}", of_e3)
         trainer = make_trainer(script_args, *others)
     train(trainer, script_args)
 

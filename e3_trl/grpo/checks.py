@@ -10,12 +10,13 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl.trainer.utils import get_callable_name
 
-from ..rewards.columns import check_reward_columns
-from ..runs.dashboards import DASHBOARDS
+from ..rewards.columns import REWARD_ARGUMENTS, check_reward_columns
 
 
 # A field, what it may be, and what to do where it is not.
 Setting = tuple[str, Callable[[Any], bool], str]
+# Dashboards that need more than the package of their name, and say it themselves.
+NO_PACKAGE_OF_THEIR_NAME = ("azure_ml", "flyte", "kubeflow")
 # Where fields together are wrong, and the message, in which `c` is the config.
 Combination = tuple[Callable[[Any], bool], str]
 
@@ -55,18 +56,20 @@ def check_data(
             Whether all columns come from the dataset. Environments and rollout functions can add to them.
     """
     get_reporting_integration_callbacks(args.report_to)  # says which there are
-    missing = [
-        name for name in DASHBOARDS if name in args.report_to and name not in get_available_reporting_integrations()
-    ]
+    installed = (*get_available_reporting_integrations(), *NO_PACKAGE_OF_THEIR_NAME)
+    missing = [name for name in args.report_to if name not in installed]
     if missing:
         raise ValueError(
             f"report_to is {args.report_to}, and {missing[0]} is not installed. `pip install {missing[0]}`, or set "
             "report_to to none."
         )
-    if fixed_columns:
-        callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
-        for dataset in datasets:
-            _check_columns(dataset, callables)
+    callables = [func for func in reward_funcs if callable(func) and not isinstance(func, torch.nn.Module)]
+    for dataset in datasets:
+        columns = _columns(dataset)
+        if columns is not None and callables:
+            _check_names(columns)
+        if columns is not None and fixed_columns:
+            _check_columns(dataset, columns, callables)
     train_dataset, prompts_per_batch = datasets[0], args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
         raise ValueError(
@@ -77,12 +80,22 @@ def check_data(
         )
 
 
-def _check_columns(dataset: Dataset | IterableDataset | None, reward_funcs: list) -> None:
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:  # a stream can leave its columns open
-        return
+def _columns(dataset: Dataset | IterableDataset | None) -> list[str] | None:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset):
-        columns = list(dataset[0])  # a transform makes and drops columns
+        return list(dataset[0])  # a transform makes and drops columns
+    return getattr(dataset, "column_names", None)  # a stream can leave its columns open
+
+
+def _check_names(columns: list[str]) -> None:
+    # The environments' name is free without any, and TRL leaves a column of completion_ids out.
+    for name in sorted((REWARD_ARGUMENTS - {"environments", "completion_ids"}) & set(columns)):
+        raise ValueError(
+            f"The dataset has a column {name!r}, the name of what every reward function gets from the trainer. Rename "
+            f"it, or leave it out: dataset.remove_columns({name!r})."
+        )
+
+
+def _check_columns(dataset: Dataset | IterableDataset, columns: list[str], reward_funcs: list) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The dataset has no column 'prompt', only {columns}. Rename the column of the questions.")
     # Only where the stored column has a null, which may not be among the rows that were selected, are rows read.

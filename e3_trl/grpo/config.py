@@ -87,6 +87,13 @@ class FastGRPOConfig(GRPOConfig):
     _settings: ClassVar[list[Setting]] = [
         one_of("micro_batching", "rows", "tokens", "none"),
         ("eval_temperature", lambda value: value is None or value > 0, "Set it above 0."),
+        # TRL's own, which it looks at once a batch is sampled.
+        one_of("loss_type", "grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        one_of("importance_sampling_level", "token", "sequence"),
+        one_of("scale_rewards", "group", "batch", "none"),
+        one_of("multi_objective_aggregation", "sum_then_normalize", "normalize_then_sum"),
+        one_of("vllm_mode", "colocate", "server"),
+        one_of("vllm_importance_sampling_mode", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     ]
     _combinations: ClassVar[list[Combination]] = [
         (

@@ -26,6 +26,7 @@ from .reward_errors import RewardGuard
 from .sampler import PassCallback, PassSampler
 from .scoring import answered, is_planned, zeros
 from .vllm import RolloutGeneration, server_errors_named
+from .watch import WatchCallback
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -67,6 +68,7 @@ class FastGRPOTrainer(GRPOTrainer):
         num_generation_batches (`int`): generation batches of the run so far.
         evaluation ([`Evaluation`], *optional*): the evaluation that is under way. `None` = it trains.
         lifecycle ([`Lifecycle`]): what the run saves; whoever has state registers it there.
+        watch ([`WatchCallback`]): what it warns of; whoever knows a sign more adds its rule there.
 
     Raises:
         `ValueError`: before a model is loaded, if the data do not fit the configuration.
@@ -122,12 +124,12 @@ class FastGRPOTrainer(GRPOTrainer):
 
         self.live_temperature = LiveTemperature(args.temperature)
         self.row_temperatures = RowTemperatures(self.live_temperature)
-        self.loss_steps, self.passes = LossSteps(self), PassCallback(self)
+        self.loss_steps, self.passes, self.watch = LossSteps(self), PassCallback(self), WatchCallback()
         # A stream, or an environment that makes the prompts, has nothing to recognise it by.
         self.dataset_id: dict = {}
         if isinstance(train_dataset, Dataset):
             self.dataset_id = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
-        callbacks = [*(callbacks or []), EngineCheckCallback(self, datasets), self.passes]
+        callbacks = [*(callbacks or []), EngineCheckCallback(self, datasets), self.passes, self.watch]
         data = train_dataset, eval_dataset, processing_class, reward_processing_classes
         with server_errors_named(args, model):
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)

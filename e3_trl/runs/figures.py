@@ -4,6 +4,7 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,20 @@ from .run_folder import ROLLOUTS_FILE
 
 # What may differ between two runs of one method.
 IDENTITY = {"seed", "data_seed", "output_dir", "run_name", "hub_model_id", "push_to_hub", "resume_from_checkpoint"}
+# Metrics of each figure, the first that there is: patterns, whose group is the name of an evaluation set.
 CURVES = {
     "entropy": (["entropy"], "mean token entropy (nats)"),
     "temperature": (["temperature"], "sampling temperature"),
     "all_wrong": (["rollouts/all_wrong"], "share of prompts with no right rollout"),
     "reward": (["reward"], "mean reward"),
-    "validation": ([r"eval_(.+_)?pass@1", r"eval_(.+_)?rewards/.+/mean", "eval_reward"], "validation accuracy"),
+    "validation": (
+        [r"eval_(?:(.+)_)?pass@1", r"eval_(?:(.+)_)?rewards/.+/mean", "eval_reward"],
+        "validation accuracy",
+    ),
 }
 WINDOW = 9
+# Of evaluation sets.
+LINES = ("-", "--", ":", "-.")
 
 
 @dataclass
@@ -70,9 +77,18 @@ class Run:
 
     def curve(self, pattern: str) -> dict[int, float]:
         """Values of the first metric whose name is `pattern` (a regular expression), by step."""
-        names = (name for entry in self.log for name in entry if re.fullmatch(pattern, name))
-        name = next(names, None)
-        return {entry["step"]: entry[name] for entry in self.log if name in entry}
+        return next(iter(self.curves(pattern).values()), {})
+
+    def curves(self, pattern: str) -> dict[str | None, dict[int, float]]:
+        """As [`Run.curve`], for each evaluation set, the pattern's group. `None` = there is one without a name."""
+        names: dict[str | None, str] = {}
+        for name in dict.fromkeys(name for entry in self.log for name in entry):
+            if match := re.fullmatch(pattern, name):
+                names.setdefault(next(iter(match.groups()), None), name)
+        return {
+            of_set: {entry["step"]: entry[name] for entry in self.log if name in entry}
+            for of_set, name in names.items()
+        }
 
     @property
     def steps_per_pass(self) -> int | None:
@@ -113,7 +129,8 @@ def draw_runs(paths: list[str | Path], folder: str | Path) -> list[Path]:
     reward, and the budgets of the first run.
 
     Lines are means over up to 9 logged steps, and over the seeds of a method; bands reach from the lowest seed to the
-    highest. Red lines: annealing begins (solid), a new pass begins (dotted).
+    highest. Of validation there is a line for each evaluation set. Red lines: annealing begins (solid), a new pass
+    begins (dotted).
 
     Args:
         paths (`list`): run folders, or reports of `e3-trl evaluate`.
@@ -183,28 +200,32 @@ def _draw_curves(methods: dict[str, list[Run]], name: str) -> Figure | None:
     patterns, label = CURVES[name]
     # The first metric that any run has, so that all lines show the same.
     for pattern in patterns:
-        curves = {method: [c for run in runs if (c := run.curve(pattern))] for method, runs in methods.items()}
+        curves = {method: [c for run in runs if (c := run.curves(pattern))] for method, runs in methods.items()}
         if any(curves.values()):
             break
     else:
         return None
+    sets = list(dict.fromkeys(of_set for of_runs in curves.values() for of_run in of_runs for of_set in of_run))
     figure = Figure(figsize=(7, 4.3), layout="constrained")
     axes = figure.subplots()
     is_validation = name == "validation"
-    for index, (method, of_runs) in enumerate(curves.items()):
-        if not of_runs:
-            continue
+    for index, method in enumerate(curves):
         color = f"C{index}"
-        if len(of_runs) == 1 and not is_validation:
-            axes.plot(of_runs[0].keys(), of_runs[0].values(), color=color, alpha=0.2, linewidth=0.8)
-        _draw_mean(
-            axes,
-            of_runs if is_validation else [_smooth(curve) for curve in of_runs],
-            method,
-            color,
-            marker="o" if is_validation else None,
-            markersize=4,
-        )
+        for of_set, line in zip(sets, cycle(LINES), strict=False):
+            of_runs = [of_run[of_set] for of_run in curves[method] if of_set in of_run]
+            if not of_runs:
+                continue
+            if len(of_runs) == 1 and not is_validation:
+                axes.plot(of_runs[0].keys(), of_runs[0].values(), color=color, alpha=0.2, linewidth=0.8)
+            _draw_mean(
+                axes,
+                of_runs if is_validation else [_smooth(curve) for curve in of_runs],
+                f"{method}, {of_set}" if of_set is not None and len(sets) > 1 else method,
+                color,
+                marker="o" if is_validation else None,
+                markersize=4,
+                linestyle=line,
+            )
         targets = [target for run in methods[method] if (target := run.curve("target_entropy"))]
         if name == "entropy" and targets:
             _draw_mean(axes, targets, f"target of {method}", color, linestyle="--", linewidth=1)

@@ -40,13 +40,16 @@ def complete_model_card(folder: str | Path, repo_id: str | None = None) -> None:
 
     Args:
         folder (`str` or `Path`): the run's output folder, with the `README.md` that TRL wrote.
-        repo_id (`str`, *optional*): where the model will be, for the card's code.
+        repo_id (`str`, *optional*):
+            Where the model will be, for the card's code. If `None`, what TRL says, or the folder where it says none.
     """
     path = Path(folder) / "README.md"
     card = ModelCard.load(path, ignore_metadata_errors=True)
     text = re.sub(f"{BEGIN}.*?{END}\n\n", "", card.text, flags=re.DOTALL)
     text = text.replace("[None](https://huggingface.co/None)", "a local model")
-    if repo_id is not None:
+    if repo_id is None:
+        text = text.replace('model="None", device_map', f'model="{Path(folder).as_posix()}", device_map')
+    else:
         text = re.sub(r'model="[^"]*", device_map', f'model="{repo_id}", device_map', text)
     section = f"{BEGIN}\n{_section(Path(folder))}\n{END}\n\n"
     heading = "### Framework versions"
@@ -195,10 +198,9 @@ def _explained(what: str):
         remedy = {
             400: f"{refused} Correct what it names, most often the metadata of README.md.",
             401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that can write.",
-            403: "Use a token that can write there, or another repository (hub_model_id, or REPO of `make push`).",
+            403: "Use a token that can write there, or another repository (hub_model_id, `e3-trl push`).",
             404: f"{refused} Check the names of the repository and the branch (hub_revision).",
         }.get(status, "Check the connection (HF_ENDPOINT, HF_HUB_OFFLINE).")
         raise HubError(
-            f"{what}: {cause}\n{remedy} What is trained already goes up with "
-            "`make push MODEL=<output_dir> REPO=<name>`."
+            f"{what}: {cause}\n{remedy} What is trained already goes up with `e3-trl push <output_dir> <name>`."
         ) from error

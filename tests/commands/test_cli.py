@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_dataset
+from hub_server import Hub
 
 import e3_trl
 from e3_trl import __version__, cli
@@ -105,10 +107,14 @@ def recipe(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_generation": 4}, "ValueError: .*num_generation"),
+        (
+            {"num_generation": 4, "xyzzy": 1, "env": {}},
+            "ValueError: num_generation is not a setting of trainer 'e3'. Did you mean num_generations\\? xyzzy is "
+            "not a setting of trainer 'e3'. Leave it out",
+        ),
         ({"dataset_name": "nowhere.jsonl"}, "ValueError: dataset_name is 'nowhere.jsonl', and there is no such file"),
         ({"num_generations_max": 3}, "ValueError: num_generations_max is 3"),
-        ({"model_name_or_path": "./nowhere"}, "(OSError|ValueError|HFValidationError): .*nowhere"),
+        ({"model_name_or_path": "./nowhere"}, "ValueError: model_name_or_path is .*there is no such folder"),
     ],
     ids=str,
 )
@@ -122,6 +128,88 @@ def test_a_mistake_is_one_message(recipe, changes, message, monkeypatch, tmp_pat
     monkeypatch.setenv("E3_TRACEBACK", "1")
     with pytest.raises((ValueError, OSError)):
         cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --config RECIPE --lerning_rate=1", "lerning_rate is not .* trainer 'e3'. Did you mean learning_rate"),
+        ("train --config RECIPE --xyzzy 1", "xyzzy is not a setting of trainer 'e3'. Leave it out; --help"),
+        (
+            "train --config RECIPE --trainer fast_grpo --temperature_schedule constant",
+            "temperature_schedule is not a setting of trainer 'fast_grpo'. Set trainer to 'e3', or leave it out",
+        ),
+        (
+            "evaluate --num_sample=2 --benchmark x.jsonl --sede 1",
+            "sede is not a setting of e3-trl evaluate. Did you me",
+        ),
+        (
+            "prepare-data --max_prompt_token=2 --datasets x",
+            "datasets is not a setting of e3-trl prepare-data. Did you m",
+        ),
+    ],
+)
+def test_a_mistyped_setting_is_told_the_nearest(recipe, arguments, message):
+    with pytest.raises(SystemExit, match=f"^ValueError: {message}"):
+        cli.main(arguments.replace("RECIPE", recipe()).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "is no such folder. Check the path") for name in ("../nowhere", "/nowhere", "a/b/c", "a/", "a b")),
+        ("outputs/nowhere", r"folder here, and the Hub cannot be reached \(http://127.0.0.1:9: .*Give a folder, or"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare-data", "prepare-data --tokenizer_name_or_path"])
+def test_a_model_that_is_not_there_is_named_at_once(recipe, command, name, message, monkeypatch, tmp_path, model_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    command, field = (*command.split(), "--model_name_or_path")[:2]
+    arguments = {
+        "train": ["--config", recipe()],
+        "evaluate": ["--benchmarks", "problems.jsonl"],
+        "prepare-data": ["--dataset_name", "problems.jsonl", "--model_name_or_path", model_path],
+    }[command]
+    begin = time.monotonic()
+    with pytest.raises(SystemExit, match=f"{field[2:]} is '{name}', (?s:.*){message}"):
+        cli.main([command, *arguments, field, name])
+    assert time.monotonic() - begin < 10
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with Hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(SystemExit, match="'me/nowhere', which is no folder here and no model on the Hub.*Check"):
+            cli.main(["train", "--config", recipe(model_name_or_path="me/nowhere")])
+
+
+def test_a_rank_says_what_it_alone_has_met(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("e3_trl.commands.LAUNCHER_ENDS_OTHERS", 0.5)
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit, match="num_generations_max is 3") as ended:
+            cli.main(["train", "--config", recipe(num_generations_max=3)])
+        said[rank] = ended.value.code, time.monotonic() - begin > 0.5
+    assert said["1"] == (f"Rank 1: {said['0'][0]}", True), "after the launcher could have ended it"
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_ranks_is_said_once(recipe, tmp_path):
+    config = yaml.safe_load((ROOT / "e3_trl" / "accelerate_configs" / "multi_gpu.yaml").read_text())
+    config |= {"num_processes": 2, "main_process_port": 0, "mixed_precision": "no"}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config", recipe(model_name_or_path="./nowhere", ddp_backend="gloo")]
+    command = [sys.executable, "-m", "e3_trl.cli", "train", "--accelerate_config", "two.yaml", *arguments]
+    done = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert done.stderr.count("model_name_or_path is './nowhere'") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_an_accelerate_configuration_that_is_not_there_is_named():
@@ -164,6 +252,41 @@ def test_memory_of_a_recipe_of_ones_own(recipe, capsys):
     assert len(capsys.readouterr().out.strip().splitlines()) == 3
     with pytest.raises(SystemExit, match="does not set vllm_max_model_length"):
         cli.main(["memory", "--config", recipe(), "--gpu_memory", "40"])
+
+
+@pytest.mark.parametrize(("dtype", "as_much_as"), [("auto", "float32"), ("float16", "bfloat16")])
+def test_memory_of_lora_in_any_data_type(recipe, dtype, as_much_as):
+    """The checkpoint's is float32."""
+    memory = pytest.importorskip(
+        "e3_trl.commands.memory", reason="DeepSpeed is not installed: `make install` brings it"
+    )
+    weights = {}
+    for name in (dtype, as_much_as, "float32"):
+        path = Path(recipe(vllm_max_model_length=64, use_peft=True, dtype=name))
+        weights[name] = memory.estimate(path, gpus=(40, 1, 1))["weights"]
+    assert weights[dtype] == weights[as_much_as]
+    assert (weights[dtype] == weights["float32"]) == (dtype == "auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sequences"),
+    [
+        ({}, 16),
+        ({"gradient_accumulation_steps": 2}, 32),
+        ({"generation_batch_size": 64}, 32),
+        ({"use_vllm": True, "vllm_mode": "server"}, 0),
+    ],
+)
+def test_memory_counts_vllm_where_it_is(recipe, settings, sequences):
+    memory = pytest.importorskip(
+        "e3_trl.commands.memory", reason="DeepSpeed is not installed: `make install` brings it"
+    )
+    common = {"vllm_max_model_length": 64, "vllm_gpu_memory_utilization": 0.5}
+    without = memory.estimate(Path(recipe(**common, **settings)), gpus=(40, 2, 1))
+    assert (without["vllm_weights"], without["sequences"]) == (0, sequences)
+    assert without["kv_cache"] == sequences * 64 * 2 * 2 * 2 * 32, "rows x tokens x layers x 2 bytes x key, value x 32"
+    assert without["peak"] < 2**30
+    assert memory.estimate(Path(recipe(**common, use_vllm=True)), gpus=(40, 2, 1))["peak"] > 20e9
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,8 @@ def test_a_dashboard_that_is_not_installed_is_named_before_a_model_is_loaded(mak
     monkeypatch.setattr(checks, "get_available_reporting_integrations", list)
     with pytest.raises(ValueError, match=r"report_to is \['wandb'\], and wandb is not installed. `pip install wandb`"):
         make_trainer(model="no/such/model", report_to="wandb")
+    with pytest.raises(ValueError, match=r"report_to is \['mlflow'\], and mlflow is not installed. `pip install mlf"):
+        make_trainer(model="no/such/model", report_to="mlflow")
     with pytest.raises(ValueError, match="tensorbord is not supported"):
         make_trainer(model="no/such/model", report_to="tensorbord")
 

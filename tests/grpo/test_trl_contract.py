@@ -7,6 +7,7 @@ import ast
 import configparser
 import importlib
 import inspect
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 from packaging.requirements import Requirement
 from transformers import trainer as transformers_trainer
 from trl import GRPOTrainer
-from trl.trainer import utils
+from trl.generation import vllm_generation
+from trl.trainer import grpo_trainer, utils
 
 import e3_trl
-from e3_trl import E3GRPOTrainer, FastGRPOTrainer
+from e3_trl import E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer
 from e3_trl.grpo import trl_names
 from e3_trl.runs import run_folder
 
@@ -182,6 +184,21 @@ def test_metrics_of_the_batch_are_the_last_entries(make_trainer):
     trainer._compute_loss = spy
     trainer.train()
     assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["loss_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "vllm_mode"]
+    + ["vllm_importance_sampling_mode"],
+)
+def test_every_word_that_trl_takes_is_taken(setting):
+    source = inspect.getsource(grpo_trainer) + inspect.getsource(vllm_generation)
+    of_vllm = r"|self\.mode" if setting == "vllm_mode" else ""
+    uses = re.findall(rf"(?:(?:self|args)\.{setting}{of_vllm}) (?:==|!=|in) (\[.*?\]|\".*?\")", source)
+    words = {word for use in uses for word in re.findall(r'"(\w+)"', use)}
+    assert len(words) > 1
+    (is_right,) = [is_right for name, is_right, _ in FastGRPOConfig._settings if name == setting]
+    assert {word for word in words if not is_right(word)} == set()
 
 
 def test_trl_buffers_a_generation_batch_once_and_trains_on_what_it_reads_back(make_trainer):

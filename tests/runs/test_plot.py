@@ -115,6 +115,28 @@ def test_draws_validation_and_pass_at_k(write_run, monkeypatch, tmp_path):
     np.testing.assert_allclose(drawn(figures["pass_at_k"].axes[0].lines)["DAPO"], [0.2, 0.5])
 
 
+def test_each_evaluation_set_is_a_line_of_its_own(write_run, monkeypatch, tmp_path):
+    figures = {}
+    monkeypatch.setattr(
+        "e3_trl.runs.figures.Figure.savefig", lambda self, path, **kwargs: figures.update({path.stem: self})
+    )
+    folders = []
+    for seed, shift in enumerate((0.0, 0.2)):
+        folders.append(write_run(f"a-{seed}", seed))
+        state = json.loads((folders[-1] / "trainer_state.json").read_text())
+        for step in (10, 20):
+            values = {"eval_hard_pass@1": 0.1 + shift, "eval_hard_rewards/f/mean": 0.9, "eval_hard_reward": 0.8}
+            state["log_history"] += [values | {"step": step}, {"eval_very_easy_pass@1": 0.7 + shift, "step": step}]
+        (folders[-1] / "trainer_state.json").write_text(json.dumps(state))
+    draw_runs(folders, tmp_path)
+    axes = figures["validation"].axes[0]
+    lines = [line for line in axes.lines if line.get_color() != "red"]
+    assert [line.get_label() for line in lines] == ["a (2 seeds), hard", "a (2 seeds), very_easy"]
+    np.testing.assert_allclose([line.get_ydata() for line in lines], [[0.2, 0.2], [0.8, 0.8]])
+    assert len({line.get_linestyle() for line in lines}) == 2
+    assert len({line.get_color() for line in lines}) == 1
+
+
 @pytest.mark.slow
 def test_budgets_of_a_long_run(write_run, monkeypatch, tmp_path):
     """A panel per pass, but not of a hundred passes, nor with a hundred thousand points."""

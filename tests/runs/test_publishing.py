@@ -250,7 +250,7 @@ def test_no_token_is_noticed_before_anything_is_read(here):
 def test_an_upload_that_breaks_off_loses_nothing(hub, here, model_path, tmp_path, monkeypatch):
     # Enough for the saves, which transformers pushes in the background and without a word if that fails, and the end.
     hub.failures = 9 * [("POST", "/commit/", "drop")]
-    with pytest.raises(HubError, match="(?s)complete on disk.*make push MODEL="):
+    with pytest.raises(HubError, match="(?s)complete on disk.*e3-trl push <output_dir>"):
         train.run(["--config", write_recipe(tmp_path, WRITE, model_path)])
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert hub.commits == []
@@ -308,6 +308,10 @@ def test_a_dropped_connection_is_tried_again(hub, here, folder):
 def test_an_unfinished_folder_is_refused_before_the_hub_is_asked(here, tmp_path):
     with pytest.raises(ValueError, match="holds no config.json"):
         publish(tmp_path, REPO, WRITE)
+
+
+def test_a_card_that_is_for_no_repository_names_its_folder(trained):
+    assert f'model="{trained}", device_map' in (Path(trained) / "README.md").read_text()
 
 
 def test_the_card_shows_results_once(folder):

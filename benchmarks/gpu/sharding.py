@@ -1,0 +1,84 @@
+"""
+Does sharding change what is learned? Ten steps of E3 with ZeRO-3 and with FSDP2, of one process, on completions that
+do not depend on it: loss, gradient norm, entropy and temperature against those of neither.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from e3_trl import E3GRPOConfig, E3GRPOTrainer
+from e3_trl.commands.train import accelerate_configs
+
+from .engine import save_model
+from .report import Case
+
+
+LOGGED = ("loss", "grad_norm", "entropy", "temperature")
+# The same precision for all: in bfloat16 they would differ by what each keeps in float32.
+LAUNCH = {
+    "none": ["--num_machines", "1", "--dynamo_backend", "no"],
+    "zero3": ["--config_file", accelerate_configs()["zero3_cpu"]],
+    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
+}
+MAX_DIFFERENCE = 1e-3
+
+
+def launcher(case: Case) -> list[str]:
+    """What starts the process of a case."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *LAUNCH[case.name]]
+    return [*command, "--mixed_precision", "no", "--main_process_port", "0", "-m"]
+
+
+class Completions:
+    """Of a step's number and a row's place alone."""
+
+    def __init__(self, trainer, length: int):
+        self.trainer, self.length = trainer, length
+
+    def __call__(self, prompt_ids, *args):
+        rng = np.random.default_rng(self.trainer.state.global_step)
+        lengths = rng.integers(2, self.length, len(prompt_ids))
+        return [rng.integers(3, 12, length).tolist() + [1] for length in lengths], None
+
+
+def measure(case: Case) -> None:
+    model = save_model(case.path("tiny"), "tiny", "cpu")
+    config = E3GRPOConfig(
+        output_dir=case.path(case.name),
+        # On a CPU, DeepSpeed would gather nothing if it were told so.
+        **case.settings | {"use_cpu": case.miniature and case.name == "none"},
+        ddp_backend="gloo" if case.miniature and case.name != "none" else None,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        num_generations=4,
+        num_generations_min=2,
+        num_generations_max=8,
+        max_completion_length=64,
+        max_steps=10,
+        learning_rate=1e-3,
+        adam_epsilon=1e-3,  # or a rounding error of a gradient near 0 is a whole step
+        num_iterations=2,  # on-policy a loss is 0
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    prompts = Dataset.from_dict({"prompt": [f"A{number}:" for number in range(10, 18)]})
+    trainer = E3GRPOTrainer(
+        model, lambda completion_ids, **kwargs: [len(ids) / 7 for ids in completion_ids], config, prompts
+    )
+    trainer._generate_single_turn = Completions(trainer, 64)
+    trainer.train()
+    logs = {key: [entry[key] for entry in trainer.state.log_history if key in entry] for key in LOGGED}
+    Path(case.path(f"{case.name}.json")).write_text(json.dumps(logs))
+    if case.name == "none":
+        case.add("change of the entropy in ten steps, unsharded", logs["entropy"][-1] - logs["entropy"][0])
+        return
+    expected = json.loads(Path(case.path("none.json")).read_text())
+    for key in LOGGED:
+        one, other = np.array(expected[key]), np.array(logs[key])
+        apart = np.abs(one - other).max() / np.abs(one).max()
+        case.add(f"{key}, largest difference over ten steps, {case.name}", apart, at_most=MAX_DIFFERENCE)

@@ -194,12 +194,14 @@ class StepClock(TrainerCallback):
         self.first, self.spent = {}, {}
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        start = self._now()
         if self.keeps_gradient:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             self.gradient = torch.cat([gradient.flatten().cpu().float() for gradient in gradients])
+        self.spent["gradient"] = self._now() - start  # which is no part of a step
 
     def on_step_end(self, args, state, control, **kwargs):
-        end = self._now()
+        end = self._now() - self.spent["gradient"]
         self.generation = self.spent["_generate"]
         self.step = end - self.first["get_batch_samples"]
         self.optimizer = end - self.first["training_step"] - self.generation - self.spent["_calculate_rewards"]

@@ -41,31 +41,41 @@ from .report import Case, Number, numbers_file
 @dataclass
 class Part:
     """
-    One question to the GPU: `measure` of the module of its name.
+    One question to the GPU.
 
     Args:
         cases (`tuple[str, ...]`): each has a process of its own.
         small (`tuple[str, ...]`): those that a CPU can do.
         gib (`int`): of GPU memory that it takes.
         packages (`tuple[str, ...]`): that it needs beside e3_trl's own.
-        seconds (`int`, *optional*, defaults to `120`): after which it is stopped.
+        module (`str`, *optional*): its `measure` takes a [`Case`]. If `None`, that of the part's name in this folder.
     """
 
     cases: tuple[str, ...]
     small: tuple[str, ...]
     gib: int
     packages: tuple[str, ...] = ()
-    seconds: int = 120
+    module: str | None = None
 
 
-ENGINES = ("no sleep", "tied, compiled, sleep level 2", "untied, eager, sleep level 1")
 PARTS = {
-    "engine": Part(ENGINES, ENGINES[:1], gib=8, packages=("vllm",)),
+    "engine": Part(
+        ("tied, compiled, sleep level 2", "untied, eager, sleep level 1"), ("no sleep",), gib=8, packages=("vllm",)
+    ),
     "optimizer": Part(("all",), ("all",), gib=38),
     "step": Part(("all",), ("all",), gib=38, packages=("vllm",)),
     "memory": Part(("all",), ("all",), gib=21, packages=("vllm", "deepspeed")),
     "sharding": Part(("none", "zero3", "fsdp2"), ("none", "zero3"), gib=4, packages=("deepspeed",)),
     "learning": Part(("all",), ("all",), gib=8, packages=("vllm",)),
+}
+# What starts the process of a case, where python alone does not.
+LAUNCHERS = {
+    name: ["-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "1"]
+    + ["--main_process_port", "0"]
+    for name, path in {
+        "zero3": Path(__file__).parents[2] / "accelerate_configs" / "zero3_cpu.yaml",
+        "fsdp2": Path(__file__).with_name("fsdp2.yaml"),
+    }.items()
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -83,7 +93,8 @@ ON_A_CPU = {
 }
 
 
-SLOWER = 5  # is a CPU, on which most of the time goes into starting
+SECONDS = 120  # of a part
+SLOWER = 5  # is a CPU, where most of the time goes into starting
 
 
 def cannot_run(part: Part, gib: float | None) -> str | None:
@@ -106,18 +117,14 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_case(part: str, case: Case, seconds: float, log: Path) -> str | None:
+def run_case(module: str, case: Case, seconds: float, log: Path) -> str | None:
     """Run a case in a process of its own; what went wrong with it, or `None`."""
-    command = [sys.executable, "-m"]
-    if part == "sharding":
-        from .sharding import launcher
-
-        command = launcher(case)
+    command = [sys.executable, *LAUNCHERS.get(case.name, []), "-m"]
     settings = {key: value for key, value in asdict(case).items() if key != "numbers"}
     environment = os.environ | ENVIRONMENT | (ON_A_CPU if case.miniature else {})
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, "benchmarks.gpu.case", part, json.dumps(settings)],
+            [*command, "benchmarks.gpu.case", module, json.dumps(settings)],
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -138,17 +145,18 @@ def run_case(part: str, case: Case, seconds: float, log: Path) -> str | None:
 def run_part(name: str, part: Part, args: argparse.Namespace, folder: Path) -> dict:
     """All cases of a part that can be run; its numbers, and what went wrong."""
     start = time.monotonic()
-    seconds = part.seconds * (SLOWER if args.miniature else 1)
+    seconds = args.seconds * (SLOWER if args.miniature else 1)
     numbers, reasons = [], []
     for case_name in part.small if args.miniature else part.cases:
         case = Case(case_name, str(folder), args.miniature, args.model, args.data, args.reward)
         numbers_file(str(folder), case_name).unlink(missing_ok=True)
         log = folder / f"{name}.{case_name.replace(' ', '_')}.log"
-        reason = run_case(name, case, seconds - (time.monotonic() - start), log)
+        module = part.module or f"benchmarks.gpu.{name}"
+        reason = run_case(module, case, seconds - (time.monotonic() - start), log)
         found = numbers_file(str(folder), case_name)
         numbers += json.loads(found.read_text()) if found.exists() else []
         if reason == "stopped":
-            reasons.append(f"{case_name}: stopped, its part had {seconds} s")
+            reasons.append(f"{case_name}: stopped, its part had {seconds:g} s")
             break
         if reason is not None:
             reasons.append(f"{case_name}: {reason} (all of it: {log})")
@@ -195,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--reward", help="for learning: dotted path of a reward function; the quickstart's if left out"
     )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="that a part has; more for a slower GPU")
     parser.add_argument("--folder", help="for models, runs and the output of each part; a temporary one if left out")
     parser.add_argument("--output", default="outputs/gpu_check.json", help="for the results")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""A case of a part in a process of its own: `python -m benchmarks.gpu.case PART '{"name": ...}'`."""
+"""A case of a part in a process of its own: `python -m benchmarks.gpu.case MODULE '{"name": ...}'`."""
 
 import importlib
 import json
@@ -8,10 +8,9 @@ import sys
 from .report import Case
 
 
-def main(part: str, settings: str) -> None:
+def main(module: str, settings: str) -> None:
     logging.getLogger("e3_trl").setLevel(logging.ERROR)  # of turns that are new runs in the folder of the last
-    module = importlib.import_module(f"benchmarks.gpu.{part}")
-    module.measure(Case(**json.loads(settings)))
+    importlib.import_module(module).measure(Case(**json.loads(settings)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl.generation import vllm_generation
@@ -19,11 +20,11 @@ from recipes.quickstart.task import RuleTask
 from .report import Case
 
 
-# The engine's settings that TRL has no field for, and the model's embeddings.
+# The model's embeddings, and the engine's settings: TRL always compiles, and always sleeps at level 2.
 CASES = {
     "tied, compiled, sleep level 2": {"tied": True, "enforce_eager": False, "sleep": 2},
     "untied, eager, sleep level 1": {"tied": False, "enforce_eager": True, "sleep": 1},
-    "no sleep": {"tied": False, "enforce_eager": True, "sleep": 0},
+    "no sleep": {"tied": False, "enforce_eager": False, "sleep": 0},
 }
 UPDATES = 20
 MAX_DIFFERENCE, MAX_RATIO_ERROR = 0.03, 0.01
@@ -38,16 +39,18 @@ class RisingTemperature(TrainerCallback):
         self.trainer.temperature = 1 + min(1, state.global_step / UPDATES)
 
 
-def save_model(folder: str, name: str, device: str, tied: bool = False, max_positions: int = 8192) -> str:
-    """Write a model of random weights, unless it is there already."""
+def save_model(case: Case, name: str, tied: bool = False) -> str:
+    """Folder of a model of random weights, one of `benchmarks.optimizer`; made unless it is there."""
+    folder = case.path(f"{name}-tied" if tied else name)
     if not (Path(folder) / "tokenizer.json").exists():
-        make_model(name, max_positions, device, tied).save_pretrained(folder)
-        make_tokenizer(RuleTask.characters).save_pretrained(folder)
+        make_model(name, 8192, case.device, tied).save_pretrained(folder)
+        make_tokenizer(RuleTask.characters).save_pretrained(folder)  # last: what is there with it is whole
+        torch.cuda.empty_cache()
     return folder
 
 
-def start_engine(start, *, enforce_eager: bool = False, sleep: int = 2, **settings):
-    """In the place of `vllm.LLM` in TRL, which always compiles, and always sleeps at level 2."""
+def start_engine(start, *, enforce_eager: bool, sleep: int, **settings):
+    """In the place of `vllm.LLM`, where TRL starts it."""
     llm = start(**settings, **{"enforce_eager": True} if enforce_eager else {})
     put_to_sleep = llm.sleep
     llm.sleep = lambda level: put_to_sleep(level=sleep)
@@ -110,8 +113,12 @@ def measure(case: Case) -> None:
     temperatures = [row for row in trainer.state.log_history if "temperature" in row]
     case.add("temperature at the end", temperatures[-1]["temperature"], at_least=1.9)
 
-    if not sleeps:  # asleep, an engine takes most of the time to wake up
+    if not tied:
         generation = trainer.vllm_generation
+        if sleeps:  # which takes longer than such a call
+            generation.sync_weights()
+            generation.llm.wake_up(tags=["kv_cache"])
+            generation.enable_sleep_mode = False
         generation.generation_kwargs = {"ignore_eos": True}
         generation.max_completion_length = length = 16 if case.miniature else 128
         num_prompts, rounds = (4, 1) if case.miniature else (64, 5)

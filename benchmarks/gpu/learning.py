@@ -26,7 +26,8 @@ TRAINERS = {"GRPO": (FastGRPOTrainer, FastGRPOConfig), "E3": (E3GRPOTrainer, E3G
 def measure(case: Case) -> None:
     model = case.model or case.path("quickstart")
     if case.model is None and not (Path(model) / "model.safetensors").exists():
-        make_base(RuleTask(0), Path(model), 0, 20 if case.miniature else NUM_STEPS, PROBLEMS)
+        steps = 20 if case.miniature else NUM_STEPS
+        make_base(RuleTask(0), Path(model), 0, steps, PROBLEMS, use_cpu=case.miniature)
     is_quickstart = case.model is None
     data = {split: str(Path(case.data or model) / f"{split}.jsonl") for split in ("train", "test")}
     data = load_dataset("json", data_files=data)

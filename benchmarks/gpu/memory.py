@@ -68,8 +68,7 @@ class Meter(TrainerCallback):
             return prompts, longer, logps, tokens
 
         def sleep(level):
-            if hasattr(trainer, "optimizer") and trainer.state.global_step > 0:
-                self.peaks["sampling"] = self.used() - self.others
+            self.peaks["sampling"] = self.used() - self.others  # at last, with the optimizer's state
             put_to_sleep(level=level)
 
         engine.generate, engine.llm.sleep = full_length, sleep
@@ -99,8 +98,7 @@ class Meter(TrainerCallback):
 def measure(case: Case) -> None:
     gib = 24 if case.miniature else torch.cuda.get_device_properties(0).total_memory / 2**30
     base = RECIPES / f"config_e3_lora_{80 if gib > 75 else 24}gb.yaml"
-    name = "tiny" if case.miniature else "qwen2-1.5b"
-    model = save_model(case.path(name), name, case.device)
+    model = save_model(case, "tiny" if case.miniature else "qwen2-1.5b")
     data = Path(case.path("memory.jsonl"))
     recipe = yaml.safe_load(base.read_text()) | {
         "dataset_name": str(data),

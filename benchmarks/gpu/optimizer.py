@@ -18,31 +18,32 @@ def measure(case: Case) -> None:
     size = ("tiny", 16, 64) if case.miniature else ("qwen2-1.5b", 64, 4096)
     bench, work = make_bench(*size, args, case.path("runs"), names)
     choose(bench, work, SETTINGS[0])
-    gradients, peaks = {}, {}
+    gradients, peaks, seconds = {}, {}, {}
 
-    def gradient(name: str) -> torch.Tensor:
+    def turn(name: str) -> torch.Tensor:
+        """The gradient of a step whose memory is looked at, which takes a profiler's time on a CPU."""
         clock = bench.clocks[name]
         clock.keeps_gradient = True
         peaks[name] = bench.peak_memory(name)
+        seconds[name] = clock.optimizer
         gradient, clock.gradient, clock.keeps_gradient = clock.gradient, None, False
         return gradient
 
-    # The first turn of each, which is not timed.
-    gradients = {name: gradient(name) for name in [STOCK, *names]}
+    gradients = {name: turn(name) for name in [STOCK, *names]}
+    # What rounding alone does: the same rows in other micro-batches of stock's. The first turn warmed it up.
     work.order = 1
-    gradients["order"] = gradient(STOCK)
+    gradients["order"] = turn(STOCK)
     work.order = 0
     expected = gradients.pop(STOCK)
     apart = {
         name: (torch.linalg.norm(g - expected) / torch.linalg.norm(expected)).item() for name, g in gradients.items()
     }
-    # What rounding alone does: the same rows in other micro-batches of stock's.
     case.add("gradient, relative difference: stock's from itself with rows in another order", apart["order"])
     for name in names:
         case.add(f"{name}' from stock's", apart[name], at_most=max(2 * apart["order"], 1e-5))
-    seconds = {}
-    for name in [STOCK, *names]:
+    for name in names:
         seconds[name] = bench.turn(name)["optimizer"]
+    for name in [STOCK, *names]:
         case.add(f"optimizer phase, {name}", seconds[name], "s")
         case.add("its speed", work.lengths().sum() / seconds[name], "tokens/s")
         case.add("its peak", peaks[name] / 2**30, "GiB")

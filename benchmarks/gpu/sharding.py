@@ -4,33 +4,19 @@ do not depend on it: loss, gradient norm, entropy and temperature against those 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
-from e3_trl.commands.train import accelerate_configs
 
 from .engine import save_model
 from .report import Case
 
 
 LOGGED = ("loss", "grad_norm", "entropy", "temperature")
-# The same precision for all: in bfloat16 they would differ by what each keeps in float32.
-LAUNCH = {
-    "none": ["--num_machines", "1", "--dynamo_backend", "no"],
-    "zero3": ["--config_file", accelerate_configs()["zero3_cpu"]],
-    "fsdp2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
-}
 MAX_DIFFERENCE = 1e-3
-
-
-def launcher(case: Case) -> list[str]:
-    """What starts the process of a case."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *LAUNCH[case.name]]
-    return [*command, "--mixed_precision", "no", "--main_process_port", "0", "-m"]
 
 
 class Completions:
@@ -46,7 +32,7 @@ class Completions:
 
 
 def measure(case: Case) -> None:
-    model = save_model(case.path("tiny"), "tiny", "cpu")
+    model = save_model(case, "tiny")
     config = E3GRPOConfig(
         output_dir=case.path(case.name),
         # On a CPU, DeepSpeed would gather nothing if it were told so.
@@ -62,7 +48,7 @@ def measure(case: Case) -> None:
         learning_rate=1e-3,
         adam_epsilon=1e-3,  # or a rounding error of a gradient near 0 is a whole step
         num_iterations=2,  # on-policy a loss is 0
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"},  # in bfloat16 they would differ by what each keeps in float32
         bf16=False,
         gradient_checkpointing=False,
     )

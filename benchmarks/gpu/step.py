@@ -47,20 +47,27 @@ class PhaseClock(StepClock):
 
 
 def one_engine(start, **settings):
-    """The engine with these settings, for whoever asks first and all that come after: each brings its weights."""
+    """
+    An engine for all trainers that ask for these settings: each brings its weights.
+
+    Args:
+        start (`Callable`): gives the same one for the same settings.
+    """
     engine = start(**settings)
     vars(engine).pop("generate", None)  # what the trainer before has put in its place
+    if engine.llm_engine.is_sleeping():
+        engine.wake_up()  # which the next one puts to sleep
     return engine
 
 
 def measure(case: Case) -> None:
     name = "tiny" if case.miniature else "qwen2-1.5b"
-    model = save_model(case.path(name), name, case.device)
+    model = save_model(case, name)
     length, mean = (16, 6) if case.miniature else (1024, 350)
     # Random weights hardly ever end a completion. So lengths are geometric, which is long-tailed.
     end = math.log(MODELS[name]["vocab_size"] / mean)
     vllm_generation.LLM = partial(one_engine, cache(vllm_generation.LLM))
-    trainers = {}
+    trainers, calls = {}, {}
     for name, trainer_class, config_class in (
         (STOCK, GRPOTrainer, GRPOConfig),
         ("FastGRPOTrainer", FastGRPOTrainer, FastGRPOConfig),
@@ -88,11 +95,14 @@ def measure(case: Case) -> None:
         )
         prompts = Dataset.from_dict({"prompt": [f"A{number}:" for number in range(10, 18)]})
         trainers[name] = trainer_class(model, odd_reward, config, prompts)
+        engine = trainers[name].vllm_generation.llm
+        calls[name] = engine.generate
     bench = Bench(trainers, PhaseClock)
     found = {name: [] for name in trainers}
     for turn in range(2 if case.miniature else 3):
         for name, trainer in trainers.items():
-            trainer._last_loaded_step = -1  # each turn is a run from step 0, and the engine has the other's weights
+            # Each turn is a run from step 0, and the engine has the other's weights.
+            trainer._last_loaded_step, engine.generate = -1, calls[name]
             bench.turn(name)
             if turn > 0:
                 clock = bench.clocks[name]

@@ -139,7 +139,8 @@ def run_case(module: str, case: Case, seconds: float, log: Path) -> str | None:
         return None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     of_error = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return (of_error or lines or [f"exit status {status}"])[-1]
+    said = (of_error or lines or ["nothing"])[-1]
+    return said if of_error else f"exit status {status}, last it said: {said}"
 
 
 def run_part(name: str, part: Part, args: argparse.Namespace, folder: Path) -> dict:
@@ -161,7 +162,7 @@ def run_part(name: str, part: Part, args: argparse.Namespace, folder: Path) -> d
         if reason is not None:
             reasons.append(f"{case_name}: {reason} (all of it: {log})")
     broken = [number for number in (Number(**entry) for entry in numbers) if not number.is_held]
-    reasons += [f"{number.what} is {number.value:.4g} {number.unit}, limit: {number.limit}" for number in broken]
+    reasons += [f"{number}, limit: {number.limit}" for number in broken]
     return {
         "status": "failed" if reasons else "passed",
         "seconds": round(time.monotonic() - start, 1),

@@ -80,9 +80,7 @@ def hold(case: Case, trainer, name: str) -> None:
 def measure(case: Case) -> None:
     engine = dict(CASES[case.name])
     tied, sleeps = engine.pop("tied"), engine["sleep"] > 0
-    model = save_model(
-        case.path("tied" if tied else "untied"), "tiny" if case.miniature else "wide", case.device, tied
-    )
+    model = save_model(case, "tiny" if case.miniature else "wide", tied)
     vllm_generation.LLM = partial(start_engine, vllm_generation.LLM, **engine)
     config = E3GRPOConfig(
         output_dir=case.path("run"),

@@ -109,6 +109,7 @@ def measure(case: Case) -> None:
         "model_name_or_path": model,
         "output_dir": case.path("memory"),
         "reward_funcs": ["benchmarks.gpu.engine.odd_reward"],
+        "rollout_allocation": "uniform",
         "save_strategy": "no",
     }
     recipe |= SMALL if case.miniature else {}

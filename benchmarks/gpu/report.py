@@ -31,6 +31,9 @@ class Number:
         bounds = {"at least": self.at_least, "at most": self.at_most}
         return ", ".join(f"{name} {bound:.4g}" for name, bound in bounds.items() if bound is not None)
 
+    def __str__(self) -> str:
+        return f"{self.what} is {f'{self.value:.4g} {self.unit}'.strip()}"
+
     @property
     def is_held(self) -> bool:
         bounds = (
@@ -81,7 +84,7 @@ class Case:
     def add(self, what: str, value: float, unit: str = "", **limits) -> None:
         """Note a number. What there is by then stays if the part is stopped."""
         self.numbers.append(Number(what, float(value), unit, **limits))
-        print(f"{what}: {value:.4g} {unit}", flush=True)
+        print(self.numbers[-1], flush=True)
         write_json(numbers_file(self.folder, self.name), [vars(number) for number in self.numbers])
 
 

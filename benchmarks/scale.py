@@ -50,7 +50,8 @@ def write_run(folder: Path, num_rows: int) -> None:
             "correct": rng.integers(0, 5, PROMPTS_PER_STEP),
             "tokens": rng.integers(1000, 50000, PROMPTS_PER_STEP),
         }
-        rollouts.append(step, counts, rng.random(PROMPTS_PER_STEP), np.full(PROMPTS_PER_STEP, 1.1))
+        place = step, step - 1, (step - 1) // STEPS_PER_PASS
+        rollouts.append(place, counts, rng.random(PROMPTS_PER_STEP), np.full(PROMPTS_PER_STEP, 1.1))
 
 
 def measure_rows(num_rows: int) -> None:

@@ -16,6 +16,7 @@ SETTINGS: list[Setting] = [
     ("success_prior", lambda value: 0 <= value < math.inf, "Set it to 0 (none) or more."),
     one_of("temperature_schedule", "entropy", "constant"),
     one_of("entropy_estimator", "exact", "sampled"),
+    one_of("advantage_scale", "std", "mean"),
     ("temperature_spread", lambda value: 0 <= value < 2, "Set it in [0, 2), 0 = the same for all prompts."),
     ("length_bias_coef", lambda value: value >= 0, "Set it to 0 (off) or more."),
     ("length_bias_fraction", lambda value: 0 <= value <= 1, "Set it within [0, 1]."),
@@ -41,6 +42,16 @@ COMBINATIONS: list[Combination] = [
         for name, is_on in SAMPLERS.items()
     ),
     (
+        lambda c: c.advantage_scale == "mean" and c.scale_rewards != "group",
+        "advantage_scale is 'mean' and scale_rewards {c.scale_rewards!r}: both say what advantages are divided by. "
+        "Leave scale_rewards at 'group'.",
+    ),
+    (
+        lambda c: c.advantage_scale == "mean" and c.multi_objective_aggregation == "normalize_then_sum",
+        "advantage_scale is 'mean' and multi_objective_aggregation 'normalize_then_sum', whose sums have the mean 0. "
+        "Set it to 'sum_then_normalize'.",
+    ),
+    (
         lambda c: c.rollout_allocation == "pilot" and c.dynamic_sampling,
         "rollout_allocation is 'pilot' and dynamic_sampling True: each decides by the first rewards of a batch what "
         "is sampled next. Set one of them only.",
@@ -64,6 +75,12 @@ COMBINATIONS: list[Combination] = [
         lambda c: not 0 < c.prompt_selection_ratio <= 1 or c.num_candidates > c.generation_batch_size,
         "prompt_selection_ratio is {c.prompt_selection_ratio}. Set it to at least 1 / num_generations "
         "(num_generations is {c.num_generations}), for a batch has a row for each candidate, and to at most 1.",
+    ),
+    (
+        lambda c: c.temperature_target_fraction != 1 and c.temperature_target_entropy is not None,
+        "temperature_target_fraction is {c.temperature_target_fraction} and temperature_target_entropy "
+        "{c.temperature_target_entropy}: the one is a part of the entropy that is measured, the other set by hand. "
+        "Set one of them only.",
     ),
     (
         lambda c: c.temperature_schedule == "entropy" and c.temperature <= 0,

@@ -62,6 +62,11 @@ class E3GRPOConfig(FastGRPOConfig):
 
         > Parameters that control the rewards of a batch
 
+        advantage_scale (`str`, *optional*, defaults to `"std"`):
+            What the difference of a reward and its group's mean is divided by: the group's `"std"` (Eq. 2), or its
+            `"mean"`, as in MaxRL (https://huggingface.co/papers/2602.02710), which gives prompts that are seldom
+            solved more weight. For rewards of 0 and 1, or others that are not negative. Gradients have another size
+            with it, so it wants a learning rate of its own.
         length_bias_coef (`float`, *optional*, defaults to `0.0`):
             \\( \mu \\): a correct completion of \\( l \\) tokens loses \\( \mu l / (1 + \mu l) \\) of its reward if
             its prompt is easy. Difficulty is counted before, and dynamic sampling drops groups before. In the
@@ -95,6 +100,8 @@ class E3GRPOConfig(FastGRPOConfig):
             batches.
         temperature_warmup_steps (`int`, *optional*, defaults to `1`):
             Number of batches that the target entropy is measured on.
+        temperature_target_fraction (`float`, *optional*, defaults to `1.0`):
+            The target is this part of the entropy that was measured. Below 1, entropy may fall part of the way.
         temperature_min (`float`, *optional*, defaults to `0.1`):
             The schedule goes no lower.
         temperature_max (`float`, *optional*, defaults to `2.0`):
@@ -170,6 +177,14 @@ class E3GRPOConfig(FastGRPOConfig):
     )
 
     # Parameters that control the rewards of a batch
+    advantage_scale: str = field(
+        default="std",
+        metadata={
+            "help": "What a reward's difference to its group's mean is divided by: 'std' (Eq. 2), or 'mean', as in "
+            "MaxRL, for rewards that are not negative.",
+            "choices": ["std", "mean"],
+        },
+    )
     length_bias_coef: float = field(
         default=0.0,
         metadata={"help": "mu: a correct completion of l tokens of an easy prompt loses mu*l/(1+mu*l) of its reward."},
@@ -222,6 +237,9 @@ class E3GRPOConfig(FastGRPOConfig):
     temperature_warmup_steps: int = field(
         default=1, metadata={"help": "Number of batches that the target entropy is measured on."}
     )
+    temperature_target_fraction: float = field(
+        default=1.0, metadata={"help": "The target is this part of the entropy that was measured."}
+    )
     temperature_min: float = field(default=0.1, metadata={"help": "The temperature schedule goes no lower."})
     temperature_max: float = field(default=2.0, metadata={"help": "The temperature schedule goes no higher."})
     temperature_spread: float = field(
@@ -253,7 +271,11 @@ class E3GRPOConfig(FastGRPOConfig):
             try:
                 self.make_temperature_schedule(vocab_size=3)
             except ValueError as error:
-                own_names = ("target_entropy", "warmup_steps")  # which here are temperature_target_entropy and so on
+                own_names = (
+                    "target_entropy",
+                    "warmup_steps",
+                    "target_fraction",
+                )  # which here are temperature_target_entropy and so on
                 raise ValueError("temperature_" * str(error).startswith(own_names) + str(error)) from error
 
     @property
@@ -283,6 +305,7 @@ class E3GRPOConfig(FastGRPOConfig):
             temperature=self.temperature,
             target_entropy=self.temperature_target_entropy,
             warmup_steps=self.temperature_warmup_steps,
+            target_fraction=self.temperature_target_fraction,
             annealing_start=self.annealing_start,
             annealing_factor=self.annealing_factor,
             temperature_min=self.temperature_min,

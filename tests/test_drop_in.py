@@ -45,6 +45,7 @@ def test_limits_of_the_budgets_follow_the_group_size(tmp_path, size, low, high):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.slow
 def test_any_group_size_trains_with_the_defaults(make_trainer, size):
     settings = {"num_generations_min": None, "num_generations_max": None, "max_steps": 8}
     trainer = make_trainer(num_generations=size, per_device_train_batch_size=4 * size, **settings)
@@ -80,6 +81,7 @@ def drop_columns(rows):
     ],
     ids=["makes the prompt", "drops columns"],
 )
+@pytest.mark.slow
 def test_a_dataset_with_a_transform_trains_as_in_trl(make_trainer, dataset):
     """A column of ids in the dataset did not come through the one, and the other was refused."""
     mine = make_trainer(train_dataset=dataset, max_steps=5, **UNIFORM)

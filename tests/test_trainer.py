@@ -285,6 +285,7 @@ REFERENCE_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", REFERENCE_SETTINGS)
+@pytest.mark.slow
 def test_both_trainers_equal_grpo_to_the_last_bit(make_trainer, settings):
     """E3's with its two parts off."""
     funcs = [vowel_reward, length_reward] if "reward_weights" in settings else sometimes_none_reward
@@ -328,6 +329,7 @@ def test_both_trainers_equal_grpo_to_the_last_bit(make_trainer, settings):
     ],
     ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
+@pytest.mark.slow
 def test_trains_with_what_grpo_offers(make_trainer, settings):
     trainer = make_trainer(max_steps=9, num_generations_step=2, **settings)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from trl.trainer.utils import pad
 
+from ..grpo.reward_errors import RewardError
 from ..grpo.scoring import loss_mask, score_by_length
 from ..method.advantages import aggregate_advantages
 from ..method.counts import rollout_counts, rollout_metrics
@@ -57,7 +58,8 @@ def count(trainer, batch: GenerationBatch) -> None:
         trainer.add_metric("rollouts/discarded", float(len(batch.sampled_ids) - len(batch.group_ids)))
     if trainer.accelerator.is_main_process:
         of_prompt = [method(batch, counts["prompt_id"]) for method in (trainer.difficulty_of, trainer.temperature_of)]
-        trainer.rollout_log.append(trainer.state.global_step + 1, counts, *of_prompt)
+        place = trainer.state.global_step + 1, batch.index, trainer.passes.number
+        trainer.rollout_log.append(place, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
 
@@ -80,13 +82,17 @@ def shape_rewards(trainer, batch: GenerationBatch) -> None:
 
 def compute_advantages(trainer, batch: GenerationBatch) -> None:
     """Eq. 2 for groups of any size: TRL compares rows of `num_generations`."""
-    batch.advantages, std = aggregate_advantages(
-        batch.shaped_rewards,
-        trainer.reward_weights,
-        torch.as_tensor(batch.group_ids, device=trainer.accelerator.device),
-        trainer.scale_rewards,
-        trainer.multi_objective_aggregation,
-    )
+    try:
+        batch.advantages, std = aggregate_advantages(
+            batch.shaped_rewards,
+            trainer.reward_weights,
+            torch.as_tensor(batch.group_ids, device=trainer.accelerator.device),
+            trainer.scale_rewards,
+            trainer.multi_objective_aggregation,
+            trainer.args.advantage_scale,
+        )
+    except ValueError as error:  # of rewards that the setting is not for, which may come late in a run
+        raise RewardError(str(error)) from error
     is_equal = torch.isclose(std, torch.zeros_like(std))
     trainer.replace_metric("frac_reward_zero_std", is_equal.float().mean().item())
 

@@ -28,6 +28,10 @@ from ..runs.rollout_log import read_rollout_columns
 from . import mistakes_named
 
 
+# Settings of the run that may be others here.
+AS_IN_TRAINING = (
+    "num_generations_min", "num_generations_max", "num_generations_step", "success_decay", "success_prior",
+)  # fmt: skip
 # Of success rates, for the rollouts of a prompt by its success rate.
 BINS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -42,28 +46,39 @@ class Batch:
         prompt_ids (`np.ndarray` of shape `(P,)`): its prompts.
         rollouts (`np.ndarray` of shape `(P,)`): how often each was sampled.
         correct (`np.ndarray` of shape `(P,)`): how many of these were right.
+        difficulty (`np.ndarray` of shape `(P,)`): what the run's budgets came from, NaN = not known.
     """
 
     number: int
     prompt_ids: np.ndarray
     rollouts: np.ndarray
     correct: np.ndarray
+    difficulty: np.ndarray
 
 
 def read_batches(path: str | Path) -> list[Batch]:
-    """A run's batches, from its `rollouts.jsonl`. With a batch that has a prompt for the second time a pass begins."""
+    """A run's batches, from its `rollouts.jsonl`."""
     rows = read_rollout_columns(path)
-    if not len(rows["step"]):
+    if np.isnan(rows["batch"]).any():
+        raise ValueError(f"{path} has rows that do not say their batch, of an earlier version. Train anew to replay.")
+    begins = np.flatnonzero(np.diff(rows["batch"])) + 1
+    if not len(rows["batch"]):
         return []
-    begins = np.flatnonzero(np.diff(rows["step"])) + 1
-    columns = [np.split(rows[name], begins) for name in ("prompt_id", "rollouts", "correct")]
-    batches, number = [], 0
-    last_pass = np.full(rows["prompt_id"].max() + 1, -1)  # that each prompt was in
-    for prompt_ids, rollouts, correct in zip(*columns, strict=True):
-        number += bool((last_pass[prompt_ids] == number).any())
-        last_pass[prompt_ids] = number
-        batches.append(Batch(number, prompt_ids, rollouts, correct))
-    return batches
+    numbers = rows["pass"][np.r_[0, begins]].tolist()
+    names = ("prompt_id", "rollouts", "correct", "difficulty")
+    return [Batch(*of_batch) for of_batch in zip(numbers, *(np.split(rows[n], begins) for n in names), strict=True)]
+
+
+def starting_difficulty(batches: list[Batch]) -> np.ndarray:
+    """
+    Of each prompt, shape `(num_prompts,)`, NaN = not known, as the first pass ranked them: a run does not keep its
+    `difficulty_column`. Rules by success rate get it as if it were the share of wrong answers.
+    """
+    difficulty = np.full(1 + max(int(batch.prompt_ids.max()) for batch in batches), np.nan)
+    for batch in batches:
+        if batch.number == 0:
+            difficulty[batch.prompt_ids] = batch.difficulty
+    return difficulty
 
 
 def fit_beta(correct: np.ndarray, rollouts: np.ndarray) -> tuple[float, float]:
@@ -94,7 +109,8 @@ def budgets_by_rule(
     batches: list[Batch], rule: str, schedule: RolloutBudgetSchedule, decay: float = 1.0, prior: float = 0.0
 ) -> Iterator[np.ndarray]:
     """What a rule gives each batch, shape `(P,)`, from the rollouts of the passes before."""
-    tracker = DifficultyTracker(1 + max(int(batch.prompt_ids.max()) for batch in batches), None, decay, prior)
+    initial = starting_difficulty(batches)
+    tracker = DifficultyTracker(len(initial), initial, decay, prior)
     number = 0
     for batch in batches:
         if batch.number > number:
@@ -174,8 +190,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--num_generations_min", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_max", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_step", type=int, help="as in training (that of the run, else 2)")
-    parser.add_argument("--success_decay", type=float, default=1.0, help="as in training (1)")
-    parser.add_argument("--success_prior", type=float, default=0.0, help="as in training (0)")
+    parser.add_argument("--success_decay", type=float, help="as in training (that of the run, else 1)")
+    parser.add_argument("--success_prior", type=float, help="as in training (that of the run, else 0)")
     parser.add_argument("--figure", help="where to draw the budgets")
     parser.add_argument("--output", help="where to write the numbers, as JSON")
     args = parser.parse_args(arguments)
@@ -189,12 +205,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         parser.error(f"{run} holds no whole row. Name a run that has sampled a batch.")
     settings = (read_settings(run) if run.is_dir() else None) or {}
     num_generations = settings.get("num_generations", min(round(batch.rollouts.mean()) for batch in batches))
+    settings |= {name: value for name, value in vars(args).items() if name in AS_IN_TRAINING and value is not None}
     names = ("num_generations_min", "num_generations_max", "num_generations_step")
-    chosen = {name: value for name in names if (value := getattr(args, name) or settings.get(name))}
-    schedule = RolloutBudgetSchedule(num_generations, **chosen)
+    bounds = {name: settings[name] for name in names if settings.get(name) is not None}
+    starts_ranked = settings.get("difficulty_column") is not None
+    schedule = RolloutBudgetSchedule(num_generations, **bounds, starts_ranked=starts_ranked)
+    counting = settings.get("success_decay", 1.0), settings.get("success_prior", 0.0)
     results = {"measured": measured(batches), "as it was": replay(batches, [batch.rollouts for batch in batches])}
     for rule in args.rules:
-        budgets = budgets_by_rule(batches, rule, schedule, args.success_decay, args.success_prior)
+        budgets = budgets_by_rule(batches, rule, schedule, *counting)
         results[rule] = replay(batches, list(budgets))
     print(f"{'':24} with a signal   all wrong   rollouts by success rate")
     for name, result in results.items():

@@ -67,6 +67,11 @@ class PassCallback(TrainerCallback):
         self.sampler: PassSampler | None = None
         self._is_first = True
 
+    @property
+    def number(self) -> int:
+        """Passes over the dataset before this one; 0 for a stream."""
+        return 0 if self.sampler is None else self.sampler.epoch
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._is_first = True
 

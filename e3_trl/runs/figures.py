@@ -272,11 +272,11 @@ def _draw_pass_at_k(methods: dict[str, list[Run]]) -> Figure | None:
 
 def _draw_budgets(run: Run) -> Figure | None:
     """Rollouts by difficulty, a panel per pass: of up to 8 passes, and of 2,000 prompts of each."""
-    if not (run.path / ROLLOUTS_FILE).is_file() or run.steps_per_pass is None:
+    if not (run.path / ROLLOUTS_FILE).is_file():
         return None
     rows = read_rollout_columns(run.path)
-    passes = (rows["step"] - 1) // run.steps_per_pass
-    if not len(passes):
+    passes = rows["pass"]
+    if not len(passes) or np.isnan(passes).any():  # no rows, or those of an earlier version
         return None
     shown = np.unique(passes)
     shown = shown[np.unique(np.linspace(0, len(shown) - 1, 8).round().astype(int))]

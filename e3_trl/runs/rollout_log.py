@@ -15,6 +15,8 @@ from .run_folder import ROLLOUTS_FILE
 logger = logging.getLogger(__name__)
 COLUMNS = {
     "step": np.int64,
+    "batch": np.int64,
+    "pass": np.int64,
     "prompt_id": np.int64,
     "rollouts": np.int64,
     "correct": np.int64,
@@ -53,13 +55,19 @@ class RolloutLog:
         self._pending = []
 
     def append(
-        self, step: int, counts: dict[str, np.ndarray], difficulty: np.ndarray, temperature: np.ndarray
+        self,
+        place: tuple[int, int, int],
+        counts: dict[str, np.ndarray],
+        difficulty: np.ndarray,
+        temperature: np.ndarray,
     ) -> None:
         """
         Write a generation batch, one row per prompt.
 
         Args:
-            step (`int`): the optimizer step that first trains on the batch.
+            place (`tuple` of three `int`):
+                The optimizer step that first trains on the batch, generation batches before it, and passes over the
+                dataset before it.
             counts (`dict`): its [`~e3_trl.method.counts.rollout_counts`].
             difficulty (`np.ndarray` of shape `(P,)`): the ranks that its budgets came from.
             temperature (`np.ndarray` of shape `(P,)`): the temperatures that it was sampled at.
@@ -67,7 +75,7 @@ class RolloutLog:
         columns = [counts[name].tolist() for name in ("prompt_id", "rollouts", "correct", "tokens")]
         columns += [[None if math.isnan(value) else value for value in difficulty.tolist()], temperature.tolist()]
         lines = [
-            json.dumps(dict(zip(COLUMNS, (step, *row), strict=True))) + "\n" for row in zip(*columns, strict=True)
+            json.dumps(dict(zip(COLUMNS, (*place, *row), strict=True))) + "\n" for row in zip(*columns, strict=True)
         ]
         self._pending += lines
         ranked = np.isfinite(difficulty)
@@ -103,8 +111,9 @@ def read_rollouts(path: str | Path) -> list[dict]:
 
     Returns:
         `list[dict]`: per prompt and generation batch `step` (the optimizer step that first trains on the batch),
-        `prompt_id` (index in the dataset), `rollouts`, `correct`, `tokens` (of its completions together),
-        `difficulty` (in (0, 1], 1 = hardest, `None` = not ranked yet) and `temperature` (of sampling).
+        `batch` and `pass` (generation batches, and passes over the dataset, before this one), `prompt_id` (index in
+        the dataset), `rollouts`, `correct`, `tokens` (of its completions together), `difficulty` (in (0, 1], 1 =
+        hardest, `None` = not ranked yet) and `temperature` (of sampling).
     """
     path = Path(path)
     with open(path / ROLLOUTS_FILE if path.is_dir() else path) as file:

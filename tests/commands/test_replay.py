@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import make_dataset, uneven_reward
 
 from e3_trl import RolloutBudgetSchedule
 from e3_trl.commands.replay import (
@@ -19,6 +20,9 @@ from e3_trl.commands.replay import (
 )
 
 
+NAN_20 = np.full(20, np.nan)
+
+
 def made_up_run(num_prompts=2000, num_passes=4, rollouts=8, seed=0):
     """Batches of a policy that does not change, and every prompt's success rate."""
     rng = np.random.default_rng(seed)
@@ -26,7 +30,7 @@ def made_up_run(num_prompts=2000, num_passes=4, rollouts=8, seed=0):
     batches = []
     for number in range(num_passes):
         for ids in rng.permutation(num_prompts).reshape(-1, 20):
-            batches.append(Batch(number, ids, np.full(20, rollouts), rng.binomial(rollouts, rate[ids])))
+            batches.append(Batch(number, ids, np.full(20, rollouts), rng.binomial(rollouts, rate[ids]), NAN_20))
     return batches, rate
 
 
@@ -53,7 +57,7 @@ def test_it_predicts_what_a_second_run_of_the_same_policy_gives(rule):
     predicted = replay(batches, budgets)
     rng = np.random.default_rng(1)
     second = [
-        Batch(batch.number, batch.prompt_ids, n, rng.binomial(n, rate[batch.prompt_ids]))
+        Batch(batch.number, batch.prompt_ids, n, rng.binomial(n, rate[batch.prompt_ids]), batch.difficulty)
         for batch, n in zip(batches, budgets, strict=True)
     ]
     for name, value in measured(second).items():
@@ -71,6 +75,45 @@ def test_it_gives_the_budgets_that_the_run_had(make_trainer):
     schedule = trainer.args.make_budget_schedule()
     for batch, budgets in zip(batches, budgets_by_rule(batches, "knapsack", schedule), strict=True):
         assert batch.rollouts.tolist() == budgets.tolist()
+
+
+def test_a_prompt_that_is_drawn_twice_in_a_pass_begins_no_other_one(make_trainer):
+    """Dynamic sampling draws among all prompts, those to come in the same pass among them."""
+    trainer = make_trainer(dynamic_sampling=True, reward_funcs=uneven_reward, max_resample_rounds=3)
+    trainer.train()
+    batches = read_batches(trainer.args.output_dir)
+    assert [batch.number for batch in batches] == [0] * 4 + [1] * 4 + [2] * 4
+    of_first = np.concatenate([batch.prompt_ids for batch in batches[:4]])
+    assert len(of_first) > len(np.unique(of_first)), "else it shows nothing"
+
+
+def test_batches_of_one_optimizer_step_stay_apart(make_trainer):
+    trainer = make_trainer(steps_per_generation=1, gradient_accumulation_steps=2, per_device_train_batch_size=16)
+    trainer.train()
+    batches = read_batches(trainer.args.output_dir)
+    assert len(batches) == trainer.num_generation_batches > trainer.state.global_step
+    assert [len(batch.prompt_ids) for batch in batches] == [4] * len(batches)
+
+
+def test_what_difficulty_was_made_of_is_read_back(make_trainer, tmp_path):
+    level = [(7 * index % 16) / 15 for index in range(16)]
+    data = make_dataset().add_column("level", level)
+    trainer = make_trainer(
+        train_dataset=data, difficulty_column="level", success_decay=0.5, success_prior=1.0, save_strategy="epoch"
+    )
+    trainer.train()
+    results = main([trainer.args.output_dir, "--rules", "rank"])
+    assert results["rank"] == results["as it was"]
+    for setting, value in (("--success_decay", "1"), ("--success_prior", "0.1")):
+        other = main([trainer.args.output_dir, "--rules", "variance", setting, value])
+        assert other["variance"] != main([trainer.args.output_dir, "--rules", "variance"])["variance"]
+
+
+def test_rows_of_an_earlier_version_are_refused(tmp_path):
+    row = {"step": 1, "prompt_id": 0, "rollouts": 8, "correct": 1, "tokens": 9, "difficulty": None, "temperature": 1.0}
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="do not say their batch"):
+        main([str(tmp_path)])
 
 
 def test_the_command(make_trainer, tmp_path, capsys):

@@ -46,6 +46,7 @@ def test_it_has_nothing_of_e3(make_trainer):
 
 
 @pytest.mark.parametrize("data", ["dataset", "stream"])
+@pytest.mark.slow
 def test_prompts_come_in_trls_order_pass_for_pass(make_trainer, data):
     seen = {GRPOTrainer: [], FastGRPOTrainer: []}
 
@@ -71,6 +72,7 @@ def test_prompts_come_in_trls_order_pass_for_pass(make_trainer, data):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_run_goes_on_number_for_number(make_trainer, settings):
     """In its second pass, of whose order TRL's sampler knows nothing after a resume."""
     settings |= {"save_strategy": "steps", "save_steps": 7, "max_steps": 12}

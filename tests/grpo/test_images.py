@@ -142,6 +142,7 @@ def test_a_checkpoint_that_transformers_does_not_load_is_refused(make_vlm_traine
 
 
 @pytest.mark.parametrize("step", [4, 6], ids=["between two windows", "inside a window"])
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_once_its_weights_are_loaded(make_vlm_trainer, monkeypatch, step):
     """TRL's own samples anew inside a window; here the completions are in the checkpoint, with their pixels."""
     whole = make_vlm_trainer(output_dir="whole", save_steps=step, **WINDOW)

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import length_reward, logged
+from conftest import length_reward, logged, vowel_reward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +140,75 @@ def test_length_bias_depends_neither_on_the_order_of_rows_nor_on_ids(prompts, ro
     known = sum(value == value for value in prompts)
     quota = min(round(fraction * len(prompts)), known)
     assert losses[: len(prompts)].sum().item() == pytest.approx(quota / 2)
+
+
+def test_divided_by_the_mean_as_in_maxrl():
+    """Right answers of a group of 4 with one, of 3 with two, of 2 with none; the last reward is unscorable."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0, 0, NAN])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    advantages = group_advantages(rewards, groups, advantage_scale="mean")
+    torch.testing.assert_close(advantages, torch.tensor([3.0, -1, -1, -1, 0.5, 0.5, -1, 0, 0, 0]))
+
+
+@given(rewards_and_groups, st.sampled_from([0.01, 1.0, 250.0]))
+def test_divided_by_the_mean_the_unit_of_a_reward_does_not_matter(rows, unit):
+    rewards, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
+    expected = []
+    for reward, group_id in rows:
+        group = [r for r, g in rows if g == group_id and r == r]
+        is_zero = reward != reward or not sum(group)
+        expected.append(0.0 if is_zero else reward * len(group) / sum(group) - 1)
+    found = group_advantages(rewards * unit, groups, advantage_scale="mean")
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_divided_by_the_mean_in_training(make_trainer):
+    """Of two functions the weighted sum counts, and metrics of the deviation stay what they were."""
+    settings = {"reward_funcs": [vowel_reward, length_reward], "reward_weights": [1.0, 0.5], "scale_rewards": "group"}
+    batches, compute = [], steps.compute_advantages
+
+    def spy(trainer, batch):
+        compute(trainer, batch)
+        batches.append(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "compute_advantages", spy)
+        trainer = make_trainer(advantage_scale="mean", max_steps=6, **settings)
+        trainer.train()
+    for batch in batches:
+        total = batch.rewards @ torch.tensor([1.0, 0.5])
+        for group in set(batch.group_ids.tolist()):
+            rows = torch.tensor(batch.group_ids == group)
+            mean = total[rows].mean()
+            torch.testing.assert_close(batch.advantages[rows], (total[rows] - mean) / mean, rtol=1e-4, atol=1e-5)
+    assert len(batches) == 6
+    assert all(0 <= share < 1 for share in logged(trainer, "frac_reward_zero_std"))
+
+
+def test_divided_by_the_mean_a_negative_reward_is_named_and_loses_nothing(make_trainer):
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(len(completions))
+        return [-1.0 if len(calls) > 3 and index == 0 else 1.0 for index in range(len(completions))]
+
+    trainer = make_trainer(reward_funcs=reward, advantage_scale="mean", max_steps=8)
+    with pytest.raises(RuntimeError, match="advantage_scale is 'mean', and a completion has the reward -1"):
+        trainer.train()
+    assert (Path(trainer.args.output_dir) / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale_rewards": "none"}, "scale_rewards 'none'"),
+        ({"scale_rewards": "batch"}, "scale_rewards 'batch'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum"),
+    ],
+)
+def test_divided_by_the_mean_other_divisors_are_refused(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=f"advantage_scale is 'mean' and .*{message}"):
+        make_trainer(advantage_scale="mean", **settings)
 
 
 def test_length_bias_reaches_the_advantages_but_not_difficulty(make_trainer):

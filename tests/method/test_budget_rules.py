@@ -156,6 +156,7 @@ def of_old(success_rate, num_generations, num_generations_min, num_generations_m
 
 
 @pytest.mark.parametrize("name", ["variance", "knapsack", "coba", "conftest.more_for_the_easy"])
+@pytest.mark.slow
 def test_budgets_follow_the_rule_and_the_success_rates_of_the_passes_before(make_trainer, name):
     trainer = make_trainer(rollout_allocation=name)
     trainer.train()
@@ -291,6 +292,7 @@ def test_a_success_rate_is_the_share_of_right_rollouts_whatever_they_are_worth(r
 
 
 @pytest.mark.parametrize("rule", ["rank", "variance", "knapsack", "coba"])
+@pytest.mark.slow
 def test_budgets_are_the_same_whatever_a_right_answer_is_worth(make_trainer, rule):
     rows = []
     for wrong, right in ((0, 1), (-1, 1), (0, 10)):

@@ -227,6 +227,7 @@ def test_hostile_completions_get_0_in_time_and_their_neighbours_what_they_deserv
     assert all(verdict.checked for verdict in verdicts[1::2])
 
 
+@pytest.mark.slow
 def test_a_worker_that_eats_memory_fails_alone(make_pool):
     pool = make_pool(size=1)
     pool.check([""], ["1"])
@@ -243,6 +244,7 @@ def test_a_worker_that_eats_memory_fails_alone(make_pool):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_an_answer_that_kills_its_worker_gets_0(make_pool, spy):
     pool = make_pool()
     verdicts = pool.check([r"\boxed{1}", "crash", r"\boxed{1}", "a"], ["1", "1", "1", "crash"])
@@ -250,6 +252,7 @@ def test_an_answer_that_kills_its_worker_gets_0(make_pool, spy):
     assert [verdict.checked for verdict in verdicts] == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_by_someone_else_changes_no_verdict(make_pool, spy):
     pool = make_pool()
     pool.check(["", ""], ["1", "1"])
@@ -268,6 +271,7 @@ def test_a_worker_killed_by_someone_else_changes_no_verdict(make_pool, spy):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.slow
 def test_a_worker_parses_a_gold_answer_once(make_pool, spy, size):
     pool = make_pool(size=size)
     golds = [f"${gold}$" for gold in range(20) for _ in range(8)]
@@ -314,6 +318,7 @@ def test_the_next_completion_is_found_without_looking_at_every_gold_answer(make_
     assert per_completion[800] < 1.5 * per_completion[100]
 
 
+@pytest.mark.slow
 def test_a_gold_answer_that_cannot_be_parsed_costs_its_time_in_one_call_and_shows_in_all(
     make_pool, spy, caplog, monkeypatch
 ):
@@ -331,6 +336,7 @@ def test_a_gold_answer_that_cannot_be_parsed_costs_its_time_in_one_call_and_show
     assert spy("") == 1
 
 
+@pytest.mark.slow
 def test_a_gold_answer_survives_a_stall(make_pool, spy):
     """One stall of the disk or of the machine took a problem out of the run for good."""
     pool = make_pool(timeout=2)
@@ -342,6 +348,7 @@ def test_a_gold_answer_survives_a_stall(make_pool, spy):
     assert all(verdict.checked for verdict in verdicts)
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_not_waited_for_when_an_answer_is_larger_than_its_buffer(make_pool):
     """`send_bytes` waited for it for ever: a buffer holds some 200 kB."""
     pool = make_pool(timeout=1, size=1)
@@ -480,6 +487,7 @@ def test_no_process_is_left(how, answer, timeout):
     assert ends(workers, 20)
 
 
+@pytest.mark.slow
 def test_a_fork_has_workers_of_its_own():
     script = (
         SCRIPT
@@ -497,6 +505,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", script, "5"], cwd=ROOT, check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_run_logs_what_was_not_checked(make_trainer, make_pool, monkeypatch):
     monkeypatch.setattr(rewards, "_POOL", make_pool(timeout=0.5))
     # The tiny model writes no LaTeX.

@@ -115,6 +115,7 @@ def test_draws_validation_and_pass_at_k(write_run, monkeypatch, tmp_path):
     np.testing.assert_allclose(drawn(figures["pass_at_k"].axes[0].lines)["DAPO"], [0.2, 0.5])
 
 
+@pytest.mark.slow
 def test_budgets_of_a_long_run(write_run, monkeypatch, tmp_path):
     """A panel per pass, but not of a hundred passes, nor with a hundred thousand points."""
     figures = {}
@@ -125,7 +126,7 @@ def test_budgets_of_a_long_run(write_run, monkeypatch, tmp_path):
     counts = {name: np.arange(3000) % 5 for name in ("prompt_id", "rollouts", "correct", "tokens")}
     log = RolloutLog(folder)
     for step in (1, 4, 6, 11, 16):
-        log.append(step, counts, np.full(3000, np.nan if step < 6 else 0.5), np.ones(3000))
+        log.append((step, step, (step - 1) // 5), counts, np.full(3000, np.nan if step < 6 else 0.5), np.ones(3000))
     draw_runs([folder], tmp_path / "figures")
     assert [axes.get_title() for axes in figures["budgets"].axes] == ["pass 1", "pass 2", "pass 3", "pass 4"]
     for axes in figures["budgets"].axes:
@@ -133,7 +134,7 @@ def test_budgets_of_a_long_run(write_run, monkeypatch, tmp_path):
         assert len(points) == 2000
         assert set(points[:, 1]) == {0, 1, 2, 3, 4}
     for step in range(21, 500, 5):
-        log.append(step, counts, np.full(3000, 0.5), np.ones(3000))
+        log.append((step, step, (step - 1) // 5), counts, np.full(3000, 0.5), np.ones(3000))
     draw_runs([folder], tmp_path / "figures")
     titles = [axes.get_title() for axes in figures["budgets"].axes]
     assert (titles[0], titles[-1], len(titles)) == ("pass 1", "pass 100", 8)

@@ -14,6 +14,7 @@ from e3_trl.runs.run_folder import end_of_step
 
 
 NAN = float("nan")
+WHOLE_NUMBERS = ("step", "batch", "pass", "prompt_id", "rollouts", "correct", "tokens")
 
 
 def counts():
@@ -46,7 +47,7 @@ def test_metrics_leave_out_prompts_that_cannot_be_scored():
 
 
 def append(log, step):
-    log.append(step, counts(), np.array([0.5, NAN, 1.0]), np.full(3, 0.9))
+    log.append((step, step - 1, 0), counts(), np.array([0.5, NAN, 1.0]), np.full(3, 0.9))
 
 
 def test_rows_read_back(tmp_path):
@@ -56,6 +57,8 @@ def test_rows_read_back(tmp_path):
     assert rows == read_rollouts(log.path)
     assert rows[1] == {
         "step": 4,
+        "batch": 3,
+        "pass": 0,
         "prompt_id": 3,
         "rollouts": 3,
         "correct": 0,
@@ -69,7 +72,7 @@ def test_rows_read_back(tmp_path):
     st.lists(
         st.fixed_dictionaries(
             {
-                **{name: st.integers(0, 2**40) for name in ("step", "prompt_id", "rollouts", "correct", "tokens")},
+                **{name: st.integers(0, 2**40) for name in WHOLE_NUMBERS},
                 "difficulty": st.none() | st.floats(0, 1),
                 "temperature": st.floats(0.1, 2),
             }
@@ -83,7 +86,7 @@ def test_columns_are_those_of_the_rows(rows, cut):
     with tempfile.TemporaryDirectory() as folder:
         RolloutLog(folder).path.write_text(text[: max(0, len(text) - cut)])
         expected, columns = read_rollouts(folder), read_rollout_columns(folder)
-    assert set(columns) == {"step", "prompt_id", "rollouts", "correct", "tokens", "difficulty", "temperature"}
+    assert set(columns) == {*WHOLE_NUMBERS, "difficulty", "temperature"}
     for name, column in columns.items():
         values = [NAN if row[name] is None else row[name] for row in expected]
         np.testing.assert_array_equal(column, np.array(values, dtype=column.dtype))
@@ -94,7 +97,7 @@ def test_columns_of_many_rows_of_which_the_first_have_no_difficulty(tmp_path):
     log = RolloutLog(tmp_path)
     rows = {name: np.arange(20_000) for name in ("prompt_id", "rollouts", "correct", "tokens")}
     for step, difficulty in ((1, NAN), (2, 0.25)):
-        log.append(step, rows, np.full(20_000, difficulty), np.ones(20_000))
+        log.append((step, step - 1, 0), rows, np.full(20_000, difficulty), np.ones(20_000))
     columns = read_rollout_columns(log.path)
     assert np.isnan(columns["difficulty"][:20_000]).all()
     assert (columns["difficulty"][20_000:] == 0.25).all()

@@ -3,7 +3,7 @@ Does this package do on your GPU what it says? Under ten minutes on an H100, wit
 
     make gpu-check                                          # or: python -m benchmarks.gpu
     python -m benchmarks.gpu --parts engine optimizer
-    python -m benchmarks.gpu --parts learning --model MODEL_WITH_PROBLEMS --reward my_package.my_reward
+    python -m benchmarks.gpu --parts learning --model outputs/SmolLM2-135M/ways
     python -m benchmarks.gpu --miniature                    # without a GPU: that it runs, with tiny models
 
 Each part has processes of its own and a limit of time; one that fails, or does not fit the GPU, is named, and the next
@@ -65,7 +65,7 @@ PARTS = {
     "optimizer": Part(("all",), ("all",), gib=38),
     "step": Part(("all",), ("all",), gib=38, packages=("vllm",)),
     "memory": Part(("all",), ("all",), gib=21, packages=("vllm", "deepspeed")),
-    "sharding": Part(("none", "zero3", "fsdp2"), ("none", "zero3"), gib=4, packages=("deepspeed",)),
+    "sharding": Part(("none", "zero3", "fsdp2"), ("none", "zero3", "fsdp2"), gib=4, packages=("deepspeed",)),
     "learning": Part(("all",), ("all",), gib=8, packages=("vllm",)),
 }
 # What starts the process of a case, where python alone does not.
@@ -91,8 +91,6 @@ ON_A_CPU = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-
-
 SECONDS = 120  # of a part
 SLOWER = 5  # is a CPU, where most of the time goes into starting
 
@@ -143,15 +141,15 @@ def run_case(module: str, case: Case, seconds: float, log: Path) -> str | None:
     return said if of_error else f"exit status {status}, last it said: {said}"
 
 
-def run_part(name: str, part: Part, args: argparse.Namespace, folder: Path) -> dict:
-    """All cases of a part that can be run; its numbers, and what went wrong."""
+def run_part(name: str, part: Part, args: argparse.Namespace, folder: Path, logs: Path) -> dict:
+    """All cases of a part that can be run; its numbers, and what went wrong. What they print is kept in `logs`."""
     start = time.monotonic()
     seconds = args.seconds * (SLOWER if args.miniature else 1)
     numbers, reasons = [], []
     for case_name in part.small if args.miniature else part.cases:
         case = Case(case_name, str(folder), args.miniature, args.model, args.data, args.reward)
         numbers_file(str(folder), case_name).unlink(missing_ok=True)
-        log = folder / f"{name}.{case_name.replace(' ', '_')}.log"
+        log = logs / f"{name}.{case_name.replace(' ', '_')}.log"
         module = part.module or f"benchmarks.gpu.{name}"
         reason = run_case(module, case, seconds - (time.monotonic() - start), log)
         found = numbers_file(str(folder), case_name)
@@ -205,8 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--reward", help="for learning: dotted path of a reward function; the quickstart's if left out"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that a part has; more for a slower GPU")
-    parser.add_argument("--folder", help="for models, runs and the output of each part; a temporary one if left out")
-    parser.add_argument("--output", default="outputs/gpu_check.json", help="for the results")
+    parser.add_argument("--folder", help="for models and runs; a temporary one if left out")
+    parser.add_argument(
+        "--output", default="outputs/gpu_check.json", help="for the results; logs in a folder beside it"
+    )
     args = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     if not (cuda or args.miniature):
@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "parts": {},
     }
+    logs = Path(args.output).with_suffix("")
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,8 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
                 results["parts"][name] = {"status": "skipped", "seconds": 0, "reasons": [reason], "numbers": []}
             else:
                 print(f"{name} ...", flush=True)
-                results["parts"][name] = run_part(name, part, args, folder)
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+                results["parts"][name] = run_part(name, part, args, folder, logs)
             write_json(args.output, results)
     print(table(results))
     print(f"\nwritten to {args.output}")

@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer
 
@@ -31,13 +35,22 @@ class Completions:
         return [rng.integers(3, 12, length).tolist() + [1] for length in lengths], None
 
 
+def let_accelerate_shard_on_a_cpu() -> None:
+    """It takes processes on a CPU for ones without FSDP, which PyTorch has there too."""
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
+
+
 def measure(case: Case) -> None:
     model = save_model(case, "tiny")
+    is_sharded = case.name != "none"
+    if case.miniature and case.name == "fsdp2":
+        let_accelerate_shard_on_a_cpu()
     config = E3GRPOConfig(
         output_dir=case.path(case.name),
         # On a CPU, DeepSpeed would gather nothing if it were told so.
-        **case.settings | {"use_cpu": case.miniature and case.name == "none"},
-        ddp_backend="gloo" if case.miniature and case.name != "none" else None,
+        **case.settings | {"use_cpu": case.miniature and not is_sharded},
+        ddp_backend="gloo" if case.miniature and is_sharded else None,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=2,
         num_generations=4,
@@ -60,9 +73,11 @@ def measure(case: Case) -> None:
     trainer.train()
     logs = {key: [entry[key] for entry in trainer.state.log_history if key in entry] for key in LOGGED}
     Path(case.path(f"{case.name}.json")).write_text(json.dumps(logs))
-    if case.name == "none":
+    if not is_sharded:
         case.add("change of the entropy in ten steps, unsharded", logs["entropy"][-1] - logs["entropy"][0])
         return
+    parts = [isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()]
+    case.add(f"share of parameters that are sharded, {case.name}", np.mean(parts), at_least=1)
     expected = json.loads(Path(case.path("none.json")).read_text())
     for key in LOGGED:
         one, other = np.array(expected[key]), np.array(logs[key])

@@ -117,14 +117,20 @@ def test_optimizer(folder):
     assert max(ratios) < 1
 
 
-def test_sharding(folder, tmp_path):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+@pytest.fixture(scope="module")
+def unsharded(folder):
     measured(sharding, folder, "none")
-    case = Case("zero3", str(folder), miniature=True)
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_sharding(folder, unsharded, tmp_path, name):
+    if name == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     log = tmp_path / "log"
+    case = Case(name, str(folder), miniature=True)
     assert gpu_check.run_case("benchmarks.gpu.sharding", case, 300, log) is None, log.read_text()[-4000:]
-    numbers = [Number(**entry) for entry in json.loads((folder / "zero3.numbers.json").read_text())]
-    assert len(numbers) == 4
+    numbers = [Number(**entry) for entry in json.loads((folder / f"{name}.numbers.json").read_text())]
+    assert len(numbers) == 5
     assert all(number.is_held for number in numbers)
 
 

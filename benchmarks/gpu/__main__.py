@@ -11,10 +11,10 @@ one runs. What was measured is written after each. The exit status is 1 if a par
 
     engine     vLLM samples from the policy that is trained; speed of its calls
     optimizer  an optimizer step of 1.5B: time, memory, gradients, against stock TRL
+    learning   60 steps of GRPO and of E3: held-out pass@k before and after
     step       a whole step of 1.5B with vLLM: where its seconds go, against stock TRL
     memory     the LoRA recipe's peak against `e3-trl memory`
     sharding   ten steps with ZeRO-3 and with FSDP2 against neither
-    learning   60 steps of GRPO and of E3: held-out pass@k before and after
 """
 
 import argparse
@@ -63,10 +63,10 @@ PARTS = {
         ("tied, compiled, sleep level 2", "untied, eager, sleep level 1"), ("no sleep",), gib=8, packages=("vllm",)
     ),
     "optimizer": Part(("all",), ("all",), gib=38),
+    "learning": Part(("all",), ("all",), gib=8, packages=("vllm",)),
     "step": Part(("all",), ("all",), gib=38, packages=("vllm",)),
     "memory": Part(("all",), ("all",), gib=21, packages=("vllm", "deepspeed")),
     "sharding": Part(("none", "zero3", "fsdp2"), ("none", "zero3", "fsdp2"), gib=4, packages=("deepspeed",)),
-    "learning": Part(("all",), ("all",), gib=8, packages=("vllm",)),
 }
 # What starts the process of a case, where python alone does not.
 LAUNCHERS = {
@@ -119,7 +119,9 @@ def run_case(module: str, case: Case, seconds: float, log: Path) -> str | None:
     """Run a case in a process of its own; what went wrong with it, or `None`."""
     command = [sys.executable, *LAUNCHERS.get(case.name, []), "-m"]
     settings = {key: value for key, value in asdict(case).items() if key != "numbers"}
-    environment = os.environ | ENVIRONMENT | (ON_A_CPU if case.miniature else {})
+    # With several GPUs, transformers would split its batches over them.
+    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    environment = os.environ | ENVIRONMENT | (ON_A_CPU if case.miniature else one_gpu)
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, "benchmarks.gpu.case", module, json.dumps(settings)],
@@ -236,7 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(args.output, results)
     print(table(results))
     print(f"\nwritten to {args.output}")
-    return int(any(part["status"] == "failed" for part in results["parts"].values()))
+    failed = [name for name, part in results["parts"].items() if part["status"] == "failed"]
+    print(f"failed, or beyond a limit: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

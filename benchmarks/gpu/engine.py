@@ -69,9 +69,11 @@ def hold(case: Case, trainer, name: str) -> None:
         for key in ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean")
     }
     differences, ratios = logs.values()
-    case.add(f"mean log-prob difference, {name}: at first", differences[0], at_most=MAX_DIFFERENCE)
-    case.add(f"after {len(differences) - 1} updates", differences[-1], at_most=MAX_DIFFERENCE)
-    case.add("at worst", differences.max(), at_most=MAX_DIFFERENCE)
+    case.add(f"log-prob difference, {name}: at first", differences[0], at_most=MAX_DIFFERENCE)
+    case.add(
+        f"log-prob difference, {name}: after {len(differences) - 1} updates", differences[-1], at_most=MAX_DIFFERENCE
+    )
+    case.add(f"log-prob difference, {name}: at worst", differences.max(), at_most=MAX_DIFFERENCE)
     worst = ratios[np.abs(ratios - 1).argmax()]
     bounds = {"at_least": 1 - MAX_RATIO_ERROR, "at_most": 1 + MAX_RATIO_ERROR}
     case.add(f"importance ratio, {name}: at worst", worst, **bounds)
@@ -109,7 +111,7 @@ def measure(case: Case) -> None:
     trainer.train()
     hold(case, trainer, case.name)
     temperatures = [row for row in trainer.state.log_history if "temperature" in row]
-    case.add("temperature at the end", temperatures[-1]["temperature"], at_least=1.9)
+    case.add(f"temperature, {case.name}: at the end", temperatures[-1]["temperature"], at_least=1.9)
 
     if not tied:
         generation = trainer.vllm_generation
@@ -125,4 +127,4 @@ def measure(case: Case) -> None:
             case.add(f"generation, {name}", num_prompts * 8 * length / np.median(times), "tokens/s")
         for name in (EQUAL, BUDGETS):
             ratio = np.median(np.array(seconds[ONE_PER_ROW]) / seconds[name])
-            case.add(f"its speed over TRL's, {name}", ratio, **{} if case.miniature else {"at_least": 0.95})
+            case.add(f"speed over TRL's, {name}", ratio, **{} if case.miniature else {"at_least": 0.95})

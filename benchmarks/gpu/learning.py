@@ -71,5 +71,5 @@ def measure(case: Case) -> None:
         for k in (1, NUM_SAMPLES):
             case.add(f"held-out pass@{k} after, {name}", after[f"eval_pass@{k}"])
         limits = {} if case.miniature else {"at_least": 0.02}
-        case.add("gain of pass@1", after["eval_pass@1"] - before["eval_pass@1"], **limits)
+        case.add(f"gain of pass@1, {name}", after["eval_pass@1"] - before["eval_pass@1"], **limits)
         hold(case, trainer, name)

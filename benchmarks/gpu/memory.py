@@ -136,7 +136,7 @@ def measure(case: Case) -> None:
     for phase, value in expected.items():
         case.add(f"{base.stem}, {phase}", meter.peaks[phase] / 2**30, "GiB")
         limits = {} if case.miniature else {"at_least": 1 - TOLERANCE, "at_most": 1 + TOLERANCE}
-        case.add(f"over the {value / 2**30:.3g} GiB of e3-trl memory", meter.peaks[phase] / value, **limits)
+        case.add(f"{phase} over the {value / 2**30:.3g} GiB of e3-trl memory", meter.peaks[phase] / value, **limits)
     peaks = max(meter.peaks.values()), said["peak"]
     limits = {} if case.miniature else {"at_least": 1 - TOLERANCE, "at_most": 1 + TOLERANCE}
     case.add(f"peak over the {peaks[1] / 2**30:.3g} GiB of e3-trl memory", peaks[0] / peaks[1], **limits)

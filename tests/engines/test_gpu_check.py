@@ -55,15 +55,15 @@ def measured(module, folder, name="all", **settings) -> dict[str, Number]:
 def test_engine(folder, one_engine):
     numbers = measured(engine, folder, "no sleep")
     assert all(number.is_held for number in numbers.values())
-    assert numbers["after 20 updates"].at_most == 0.03
-    assert numbers["temperature at the end"].value == 2
+    assert numbers["log-prob difference, no sleep: after 20 updates"].at_most == 0.03
+    assert numbers["temperature, no sleep: at the end"].value == 2
 
 
 def test_an_engine_with_old_weights_breaks_the_limits(folder, one_engine, monkeypatch):
     """The updates are large enough for it to show."""
     monkeypatch.setattr(RolloutGeneration, "sync_weights", lambda self: None)
     numbers = measured(engine, folder, "no sleep")
-    assert not numbers["after 20 updates"].is_held
+    assert not numbers["log-prob difference, no sleep: after 20 updates"].is_held
     assert not numbers["importance ratio, no sleep: at worst"].is_held
 
 
@@ -110,8 +110,8 @@ def test_learning(folder, one_engine):
 
 def test_optimizer(folder):
     numbers = measured(optimizer, folder)
-    assert numbers["rows' from stock's"].is_held
-    assert numbers["tokens' from stock's"].is_held
+    assert numbers["gradient: that of rows from stock's"].is_held
+    assert numbers["gradient: that of tokens from stock's"].is_held
     ratios = [number.value for what, number in numbers.items() if what.startswith("time of")]
     assert len(ratios) == 2
     assert max(ratios) < 1

@@ -4,6 +4,7 @@ Where does the time of a whole step go? The 1.5B model with vLLM, which sleeps w
 """
 
 import math
+import os
 from functools import cache, partial
 
 import numpy as np
@@ -57,6 +58,8 @@ def one_engine(start, **settings):
     vars(engine).pop("generate", None)  # what the trainer before has put in its place
     if engine.llm_engine.is_sleeping():
         engine.wake_up()  # which the next one puts to sleep
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or accelerate takes the next one for one of several processes
+        os.environ.pop(name, None)
     return engine
 
 

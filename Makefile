@@ -9,7 +9,7 @@ OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := outputs/quickstart$(OF_SEED)
 BASE := outputs/quickstart-base$(OF_SEED)
 
-.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark push
+.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark gpu-check push
 
 install: .venv/installed
 
@@ -71,6 +71,10 @@ benchmark: install
 	$(BIN)/python benchmarks/optimizer.py --plot
 # Where vLLM is not installed, there is nothing to measure of it.
 	if $(BIN)/python -c 'import vllm' 2>/dev/null; then $(BIN)/python benchmarks/generation.py; fi
+
+# On a machine with a GPU, in under ten minutes: whether the package does there what it says. make gpu-check PARTS=engine
+gpu-check: install
+	$(BIN)/python -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS))
 
 # One thread: on a model this small a second one brings little, and the numbers are the same on any number of cores.
 quickstart quickstart-compare: export OMP_NUM_THREADS := 1

@@ -27,6 +27,7 @@ from recipes.quickstart.task import RuleTask
 
 
 NUM_GENERATIONS = 8
+ONE_PER_ROW, EQUAL, BUDGETS = "TRL, one request per row", "equal budgets", "budgets"
 
 
 def spread(values) -> str:
@@ -51,6 +52,49 @@ def make_model(folder: str, vocab_size: int) -> None:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def compare_calls(
+    generation, vocab_size: int, num_prompts: int, prompt_length: int, completion_length: int, rounds: int
+) -> dict[str, list[float]]:
+    """
+    Seconds of each kind of call on one engine, in turns.
+
+    Args:
+        generation ([`~e3_trl.grpo.vllm.RolloutGeneration`]):
+            a trainer's, which goes on to the longest completion whatever is sampled.
+        vocab_size (`int`): of the tokens from 2 on, prompts are made.
+        num_prompts, prompt_length, completion_length (`int`): of a call.
+        rounds (`int`): calls of each kind, after one that is not counted.
+    """
+    rows = num_prompts * NUM_GENERATIONS
+    rng = np.random.default_rng(0)
+    difficulty = rng.permutation(num_prompts) / num_prompts + 1 / num_prompts
+    budgets = allocate_rollouts(difficulty, NUM_GENERATIONS, 4, 12)
+    uniform = np.full(num_prompts, NUM_GENERATIONS)
+    merged, one_per_row = generation.llm.generate, generation._llm_generate
+
+    def call(engine, repeats) -> float:
+        """Seconds of one generation batch, of prompts that no cache has seen."""
+        prompts = rng.integers(2, vocab_size, size=(num_prompts, prompt_length)).tolist()
+        prompt_ids = np.repeat(np.arange(num_prompts), repeats)
+        generation.llm.generate = engine
+        with generation.seeded([int(rng.integers(1 << 30))]):
+            start = time.perf_counter()
+            completions = generation.generate([prompts[i] for i in prompt_ids], None, NUM_GENERATIONS)[1]
+            seconds = time.perf_counter() - start
+        assert sum(map(len, completions)) == rows * completion_length
+        return seconds
+
+    kinds = {ONE_PER_ROW: (one_per_row, uniform), EQUAL: (merged, uniform), BUDGETS: (merged, budgets)}
+    for kind in kinds.values():
+        call(*kind)
+    seconds = {name: [] for name in kinds}
+    for _ in tqdm(range(rounds)):
+        for name in rng.permutation(list(kinds)):
+            seconds[name].append(call(*kinds[name]))
+    generation.llm.generate = merged
+    return seconds
 
 
 def main(args: argparse.Namespace) -> None:
@@ -81,42 +125,16 @@ def main(args: argparse.Namespace) -> None:
         generation = trainer.vllm_generation
         generation.sync_weights()
 
-        rng = np.random.default_rng(0)
         vocab_size = len(AutoTokenizer.from_pretrained(model))
-        difficulty = rng.permutation(args.num_prompts) / args.num_prompts + 1 / args.num_prompts
-        budgets = allocate_rollouts(difficulty, NUM_GENERATIONS, 4, 12)
-        uniform = np.full(args.num_prompts, NUM_GENERATIONS)
-        merged, one_per_row = generation.llm.generate, generation._llm_generate
-
-        def call(engine, repeats) -> float:
-            """Seconds of one generation batch, of prompts that no cache has seen."""
-            prompts = rng.integers(2, vocab_size, size=(args.num_prompts, args.prompt_length)).tolist()
-            prompt_ids = np.repeat(np.arange(args.num_prompts), repeats)
-            generation.llm.generate = engine
-            with generation.seeded([int(rng.integers(1 << 30))]):
-                start = time.perf_counter()
-                completions = generation.generate([prompts[i] for i in prompt_ids], None, NUM_GENERATIONS)[1]
-                seconds = time.perf_counter() - start
-            assert sum(map(len, completions)) == rows * args.completion_length
-            return seconds
-
-        kinds = {
-            "TRL, one request per row": (one_per_row, uniform),
-            "equal budgets": (merged, uniform),
-            "budgets": (merged, budgets),
-        }
-        for kind in kinds.values():
-            call(*kind)
-        seconds = {name: [] for name in kinds}
-        for _ in tqdm(range(args.rounds)):
-            for name in rng.permutation(list(kinds)):
-                seconds[name].append(call(*kinds[name]))
+        seconds = compare_calls(
+            generation, vocab_size, args.num_prompts, args.prompt_length, args.completion_length, args.rounds
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(
         f"{device}; {args.num_prompts} prompts of {args.prompt_length} tokens, {rows} completions of "
         f"{args.completion_length}; medians of {args.rounds} rounds, quartiles in brackets"
     )
-    reference = np.array(seconds["TRL, one request per row"])
+    reference = np.array(seconds[ONE_PER_ROW])
     for name, times in seconds.items():
         rate = rows * args.completion_length / np.array(times)
         print(f"{name:32} {np.median(rate):9.0f} tokens/s, {spread(reference / times)} times TRL's")

@@ -71,9 +71,10 @@ USEFUL_TOKENS = 0.41  # of stock's, where completions are long-tailed
 MODELS = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512},
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 2048},
+    "wide": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4, "vocab_size": 32_768},
     "qwen2-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936},
 }
-HEADS = {"tiny": (2, 1), "small": (8, 2), "qwen2-1.5b": (12, 2)}
+HEADS = {"tiny": (2, 1), "small": (8, 2), "wide": (12, 2), "qwen2-1.5b": (12, 2)}
 STOCK = "stock"
 VARIANTS = {
     "rows": {"micro_batching": "rows"},
@@ -123,6 +124,7 @@ class Rows:
         self.num_rows, self.max_length, self.prompt_length = num_rows, max_length, prompt_length
         self.vocab_size = vocab_size
         self.setting = SETTINGS[0]
+        self.order = 0  # in which TRL puts the rows into micro-batches
 
     def lengths(self) -> np.ndarray:
         """Of the completions, in the order of their prompts."""
@@ -148,7 +150,7 @@ class Rows:
     def generate(self, prompt_ids, *args, **kwargs):
         rng = np.random.default_rng(1)
         completions = [rng.integers(3, 12, size=length - 1).tolist() + [1] for length in self.lengths()]
-        torch.manual_seed(0)  # TRL shuffles the rows
+        torch.manual_seed(self.order)  # TRL shuffles the rows
         if not self.setting.has_logps:
             return completions, None
         logps = [(rng.normal(0, 0.1, len(ids)) - np.log(self.vocab_size)).tolist() for ids in completions]
@@ -192,12 +194,14 @@ class StepClock(TrainerCallback):
         self.first, self.spent = {}, {}
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        start = self._now()
         if self.keeps_gradient:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             self.gradient = torch.cat([gradient.flatten().cpu().float() for gradient in gradients])
+        self.spent["gradient"] = self._now() - start  # which is no part of a step
 
     def on_step_end(self, args, state, control, **kwargs):
-        end = self._now()
+        end = self._now() - self.spent["gradient"]
         self.generation = self.spent["_generate"]
         self.step = end - self.first["get_batch_samples"]
         self.optimizer = end - self.first["training_step"] - self.generation - self.spent["_calculate_rewards"]
@@ -209,14 +213,15 @@ class Bench:
 
     Args:
         trainers (`dict`): by name, that of stock among them.
+        clock (`type`, *optional*): the [`StepClock`] that times each.
     """
 
-    def __init__(self, trainers: dict):
+    def __init__(self, trainers: dict, clock: type[StepClock] = StepClock):
         self.trainers = trainers
         self.clocks = {}
         for name, trainer in trainers.items():
             trainer.remove_callback(PrinterCallback)
-            self.clocks[name] = StepClock()
+            self.clocks[name] = clock()
             self.clocks[name].watch(trainer)
 
     def turn(self, name: str) -> dict[str, float]:
@@ -293,7 +298,7 @@ def show(numbers: dict[str, float]) -> str:
     return f"{numbers['median']:6.3f} ({numbers['q25']:.3f}-{numbers['q75']:.3f})"
 
 
-def make_model(name: str, max_positions: int, device: str) -> Qwen2ForCausalLM:
+def make_model(name: str, max_positions: int, device: str, tied: bool = False) -> Qwen2ForCausalLM:
     """Randomly initialised, the same weights each time."""
     tokenizer = make_tokenizer(RuleTask.characters)
     heads, key_value_heads = HEADS[name]
@@ -302,7 +307,7 @@ def make_model(name: str, max_positions: int, device: str) -> Qwen2ForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         max_position_embeddings=max_positions,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -70,7 +70,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def teach(model, tokenizer, lessons: Iterable[Lesson], folder: Path) -> None:
+def teach(model, tokenizer, lessons: Iterable[Lesson], folder: Path, use_cpu: bool = True) -> None:
     """Supervised training on texts, in this order, each with the part of it that is learned."""
     eos = tokenizer.eos_token_id
     rows = {"input_ids": [], "completion_mask": []}
@@ -92,7 +92,7 @@ def teach(model, tokenizer, lessons: Iterable[Lesson], folder: Path) -> None:
         logging_steps=100,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=use_cpu,
         bf16=False,
         gradient_checkpointing=False,
     )
@@ -103,7 +103,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_base(task, folder: Path, seed: int, steps: int, problems: dict[str, int]) -> None:
+def make_base(task, folder: Path, seed: int, steps: int, problems: dict[str, int], use_cpu: bool = True) -> None:
     """
     Write a model that was taught a task, and problems of that task which it was not taught.
 
@@ -113,6 +113,7 @@ def make_base(task, folder: Path, seed: int, steps: int, problems: dict[str, int
         seed (`int`): of the problems and the model.
         steps (`int`): training steps.
         problems (`dict[str, int]`): number of problems in `train` and `test`, as `task.problems` counts them.
+        use_cpu (`bool`, *optional*, defaults to `True`): whether to train on the CPU where there is a GPU too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -123,7 +124,7 @@ def make_base(task, folder: Path, seed: int, steps: int, problems: dict[str, int
     set_seed(seed)
     tokenizer = make_tokenizer(task.characters)
     model = make_model(tokenizer)
-    teach(model, tokenizer, task.lessons(steps * BATCH_SIZE, rng, prompts), folder)
+    teach(model, tokenizer, task.lessons(steps * BATCH_SIZE, rng, prompts), folder, use_cpu)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)  # last: what is there with it is whole
 

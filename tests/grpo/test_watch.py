@@ -26,6 +26,10 @@ ENDLESS = {"generation_kwargs": {"suppress_tokens": [0, 1]}}
 LONG = {"max_completion_length": 20}
 
 
+# Which it is, with these limits.
+pytestmark = pytest.mark.filterwarnings("ignore:Temperature clamped")
+
+
 @pytest.fixture
 def warned(caplog):
     """What was said of this kind."""

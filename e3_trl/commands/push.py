@@ -13,7 +13,7 @@ from ..runs.report import read_report, read_settings, write_json
 from ..runs.run_folder import REPORT_FILE
 
 
-def run(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the run's output_dir")
     parser.add_argument(
@@ -22,7 +22,11 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("--evaluation", help="output_dir of `e3-trl evaluate`, for report.json and the card")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--completions", action="store_true", help="send completions/*.parquet too")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def run(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
     settings = read_settings(args.folder) or {}
     repo = args.repo or settings.get("hub_model_id") or Path(args.folder).resolve().name
     try:

@@ -21,6 +21,7 @@ from e3_trl import E3GRPOConfig
 from e3_trl.commands.evaluate import EvaluationArguments
 from e3_trl.commands.plot import make_parser as make_plot_parser
 from e3_trl.commands.prepare_data import PreparationArguments
+from e3_trl.commands.push import make_parser as make_push_parser
 from e3_trl.commands.train import E3ScriptArguments
 
 
@@ -43,6 +44,7 @@ BLOCKS = {
         "vllm_importance_sampling_mode": "token_truncate",
     },
 }
+PARSERS = {"e3-trl plot": make_plot_parser, "e3-trl push": make_push_parser}
 PAPERS_RUNS = {"grpo", "grpo_er", "grpo_ts", "grpo_ts_an", "dapo", "e3"}
 
 
@@ -158,12 +160,12 @@ def test_every_command_of_the_reproduction_is_understood(monkeypatch):
     text = (ROOT / "docs" / "reproduce.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").replace("$run", "e3")
     commands = re.findall(r"^ *(e3-trl [\w-]+|accelerate launch .*train.py) ([^#\n]*)", blocks, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     monkeypatch.chdir(ROOT)
     for command, rest in commands:
         arguments = [word for word in rest.split() if word not in ("--seed", "$seed")]
-        if command == "e3-trl plot":
-            make_plot_parser().parse_args(arguments)
+        if command in PARSERS:
+            PARSERS[command]().parse_args(arguments)
         elif command.startswith("accelerate"):
             parse(ROOT / arguments[1], *arguments[2:])
         else:

@@ -130,21 +130,23 @@ def test_each_prompt_gets_its_own_number_of_completions_at_the_live_temperature(
     assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 12, abs=0.01)
 
 
-def test_a_pilot_is_two_calls_with_a_temperature_for_each_prompt(make_trainer, float32_engine):
+@pytest.mark.parametrize(("rule", "num_calls"), [("pilot", 2), ("vigor", 4)])
+def test_each_round_is_a_call_with_a_temperature_for_each_prompt(make_trainer, float32_engine, rule, num_calls):
     """And the engine's log-probs are those that training computes at that temperature."""
     trainer = make_trainer(
         **VLLM,
-        rollout_allocation="pilot",
+        rollout_allocation=rule,
         temperature_spread=1.5,
         max_steps=6,
     )
     calls = record_requests(trainer)
     trainer.train()
     rows = read_rollouts(trainer.args.output_dir)
-    assert len(calls) == 12
-    for step, parts in enumerate(zip(calls[::2], calls[1::2], strict=True), start=1):
+    assert len(calls) == 6 * num_calls
+    for step in range(1, 7):
+        parts = calls[num_calls * (step - 1) : num_calls * step]
         asked, temperatures = Counter(), {}
-        for prompt, number, temperature, _ in parts[0] + parts[1]:
+        for prompt, number, temperature, _ in sum(parts, []):
             asked[prompt] += number
             assert temperatures.setdefault(prompt, temperature) == temperature
         batch = [row for row in rows if row["step"] == step]

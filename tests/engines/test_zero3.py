@@ -63,6 +63,9 @@ COMPARED = {
     "prepo": STRADDLING | STABLE_ADAM | {"prompt_selection_ratio": 3 / 7, "entropy_weighting": True},
     "dynamic sampling": STRADDLING | STABLE_ADAM | {"dynamic_sampling": True, "max_resample_rounds": 4},
     "pilot": STRADDLING | STABLE_ADAM | {"rollout_allocation": "pilot", "temperature_spread": 0.5},
+    "vigor": STRADDLING
+    | STABLE_ADAM
+    | {"rollout_allocation": "vigor", "temperature_spread": 0.5, "advantage_scale": "mean"},
 }
 ON_TWO_RANKS = {
     "gradient": {
@@ -81,6 +84,7 @@ ON_TWO_RANKS = {
     "prepo": {"per_device_train_batch_size": 12},
     "dynamic sampling": {"per_device_train_batch_size": 12},
     "pilot": {"per_device_train_batch_size": 12},
+    "vigor": {"per_device_train_batch_size": 12},
 }
 ON_ONE_RANK = {
     name: {"per_device_train_batch_size": 8, "reward_funcs": uneven_reward, "micro_batching": "none"}
@@ -346,7 +350,7 @@ def test_two_ranks_choose_the_prompts_that_one_chooses(runs, alone):
     assert_same_advantages(two, advantages)
 
 
-@pytest.mark.parametrize("policy", ["dynamic sampling", "pilot"])
+@pytest.mark.parametrize("policy", ["dynamic sampling", "pilot", "vigor"])
 def test_two_ranks_keep_the_groups_that_one_keeps(runs, alone, policy):
     """Dynamic sampling, and what follows a pilot, move groups from rank to rank."""
     two, (steps, advantages) = runs.finished(policy), recorded(alone(policy))

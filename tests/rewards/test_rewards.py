@@ -433,7 +433,7 @@ def test_slow_starts_do_not_end_a_run_while_a_worker_works(make_pool, spy, monke
 
 
 def test_a_machine_without_process_ids_does_not_end_a_run_while_a_worker_works(make_pool, monkeypatch, caplog):
-    def refuse(timeout):
+    def refuse(timeout, script):
         raise BlockingIOError("Resource temporarily unavailable")
 
     pool = make_pool()

@@ -17,6 +17,7 @@ SETTINGS: list[Setting] = [
     one_of("temperature_schedule", "entropy", "constant"),
     one_of("entropy_estimator", "exact", "sampled"),
     one_of("advantage_scale", "std", "mean"),
+    one_of("prompt_selection", "perplexity", "partly_solved"),
     ("temperature_spread", lambda value: 0 <= value < 2, "Set it in [0, 2), 0 = the same for all prompts."),
     ("length_bias_coef", lambda value: value >= 0, "Set it to 0 (off) or more."),
     ("length_bias_fraction", lambda value: 0 <= value <= 1, "Set it within [0, 1]."),
@@ -75,6 +76,11 @@ COMBINATIONS: list[Combination] = [
         lambda c: not 0 < c.prompt_selection_ratio <= 1 or c.num_candidates > c.generation_batch_size,
         "prompt_selection_ratio is {c.prompt_selection_ratio}. Set it to at least 1 / num_generations "
         "(num_generations is {c.num_generations}), for a batch has a row for each candidate, and to at most 1.",
+    ),
+    (
+        lambda c: c.prompt_selection != "perplexity" and c.prompt_selection_ratio == 1,
+        "prompt_selection is {c.prompt_selection!r} and prompt_selection_ratio 1: all prompts are sampled, and none "
+        "chosen. Set prompt_selection_ratio below 1.",
     ),
     (
         lambda c: c.temperature_target_fraction != 1 and c.temperature_target_entropy is not None,

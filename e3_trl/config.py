@@ -6,7 +6,7 @@ from typing import ClassVar
 from .checks import COMBINATIONS, SETTINGS
 from .grpo.config import FastGRPOConfig
 from .method.budget import RolloutBudgetSchedule
-from .method.budget_rules import RULES, load_rule
+from .method.budget_rules import ROUND_RULES, RULES, load_rule
 from .method.temperature import TemperatureSchedule
 
 
@@ -89,6 +89,10 @@ class E3GRPOConfig(FastGRPOConfig):
             chosen by perplexity under the current policy from 1 / `prompt_selection_ratio` times as many, low early
             in the run and high late. 1 = all are sampled. For text without tools. Perplexity follows a prompt's
             length and language too; the prompts that dynamic sampling adds are not chosen by it.
+        prompt_selection (`str`, *optional*, defaults to `"perplexity"`):
+            What they are chosen by: `"perplexity"`, or `"partly_solved"` = by the probability that some of their
+            rollouts will be right and some wrong, predicted from the passes before (DPS,
+            https://huggingface.co/papers/2603.10887), which costs no forward pass.
         entropy_weighting (`bool`, *optional*, defaults to `False`):
             Whether a completion's advantage is multiplied by its mean entropy relative to the batch's. For text.
             Differs from PREPO: with `beta > 0` the KL term is not weighted.
@@ -214,6 +218,14 @@ class E3GRPOConfig(FastGRPOConfig):
             "1 = all."
         },
     )
+    prompt_selection: str = field(
+        default="perplexity",
+        metadata={
+            "help": "What the prompts that are sampled are chosen by, where not all are: 'perplexity' (PREPO), or "
+            "'partly_solved', as predicted from the passes before (DPS).",
+            "choices": ["perplexity", "partly_solved"],
+        },
+    )
     entropy_weighting: bool = field(
         default=False,
         metadata={
@@ -285,6 +297,11 @@ class E3GRPOConfig(FastGRPOConfig):
     def gives_budgets(self) -> bool:
         """Whether prompts may get other numbers of rollouts than `num_generations`."""
         return self.rollout_allocation != "uniform"
+
+    @property
+    def predicts_solved(self) -> bool:
+        """Whether it is predicted which prompts will be partly solved: for their choice, or a rule of the user's."""
+        return self.prompt_selection == "partly_solved" or self.rollout_allocation not in {**RULES, **ROUND_RULES}
 
     @property
     def num_candidates(self) -> int:

@@ -125,9 +125,8 @@ class E3GRPOTrainer(FastGRPOTrainer):
         self.difficulty_tracker: DifficultyTracker | None = None
         if isinstance(train_dataset, Dataset):
             difficulty = initial_difficulty(args.difficulty_column, train_dataset)
-            self.difficulty_tracker = DifficultyTracker(
-                len(train_dataset), difficulty, args.success_decay, args.success_prior
-            )
+            counting = args.success_decay, args.success_prior, args.predicts_solved
+            self.difficulty_tracker = DifficultyTracker(len(train_dataset), difficulty, *counting)
         data = train_dataset, eval_dataset, processing_class, reward_processing_classes
         super().__init__(model, reward_funcs, args, *data, [*(callbacks or []), TelemetryCallback(self)], **kwargs)
         self.show_column(PROMPT_ID)
@@ -196,7 +195,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
         if self.evaluation is not None:
             return super()._generate_and_score_completions(inputs)
         with self.new_batch(inputs) as batch:
-            steps.choose_prompts(self, batch)  # those that the sampler gave, or by perplexity (PREPO)
+            steps.choose_prompts(self, batch)  # those that the sampler gave, or some of them (PREPO, DPS)
             output = super()._generate_and_score_completions(batch.examples)
             steps.count(self, batch)  # towards difficulty; rollouts.jsonl, metrics
             steps.shape_rewards(self, batch)  # length bias

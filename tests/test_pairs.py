@@ -80,7 +80,13 @@ TWO_REWARDS = {
     "reward_weights": [2.0, 1.0],
     "multi_objective_aggregation": "normalize_then_sum",
 }
-OPTIONS += [BY_SELECTION, SPREAD, DAPO | {"max_resample_rounds": 2}, TWO_REWARDS]
+OPTIONS += [
+    BY_SELECTION,
+    BY_SELECTION | {"prompt_selection": "partly_solved"},
+    SPREAD,
+    DAPO | {"max_resample_rounds": 2},
+    TWO_REWARDS,
+]
 # Of all there are, `E3_PAIRS=1000` draws most, which takes half an hour of a core.
 NUM_PAIRS = int(os.environ.get("E3_PAIRS", "12"))
 pairs = st.tuples(st.sampled_from(OPTIONS), st.sampled_from(OPTIONS), st.sampled_from(sorted(REWARDS)))

@@ -1,6 +1,7 @@
 """Sampler that repeats each prompt as often as its rollout budget says."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -31,7 +32,7 @@ class RolloutBudgetSampler(PassSampler):
             How a batch is split within the bounds: Algorithm 1, or another of
             [`~e3_trl.method.budget_rules.load_rule`].
         num_candidates (`int`, *optional*):
-            Prompts that the trainer chooses these from (PREPO). The batch's rows are then spread evenly over the
+            Prompts that the trainer chooses these from (PREPO, DPS). The batch's rows are then spread evenly over the
             candidates, and the trainer asks for the [`rows`] of its choice. At most `batch_size * mini_repeat_count`.
         **kwargs:
             Other arguments of [`~trl.trainer.utils.RepeatSampler`].
@@ -106,4 +107,7 @@ class RolloutBudgetSampler(PassSampler):
         if self.budget_schedule is None:
             return np.repeat(prompts, self.mini_repeat_count)
         bounds = Bounds(self.mini_repeat_count, *self.budget_schedule.bounds(self.epoch))
-        return np.repeat(prompts, self.rule(self.difficulty.stats(prompts), bounds))
+        stats = self.difficulty.stats(prompts)
+        if (chain := self.difficulty.solved_chain) is not None:
+            stats = replace(stats, partly_solved=chain.partly_solved(prompts, self.epoch))
+        return np.repeat(prompts, self.rule(stats, bounds))

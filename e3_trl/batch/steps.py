@@ -16,22 +16,34 @@ from .prompt_ids import read_examples
 
 def choose_prompts(trainer, batch: GenerationBatch) -> None:
     """
-    PREPO: choose the batch's prompts among its candidates by their perplexity, and give them their budgets. Else they
-    are those that the sampler gave, with theirs.
+    Choose the batch's prompts among its candidates, by their perplexity (PREPO) or by how probable it is that they are
+    partly solved (DPS), and give them their budgets. Else they are those that the sampler gave, with theirs.
 
     They keep the candidates' order: in the order of perplexity, the last process would always have the longest work.
     """
     if trainer.args.prompt_selection_ratio == 1:
         return
-    candidates = batch.prompt_ids
+    candidates, number = batch.prompt_ids, len(batch.group_ids) // trainer.num_generations
+    if trainer.args.prompt_selection == "partly_solved":
+        predicted = trainer.difficulty_tracker.solved_chain.partly_solved(candidates, trainer.passes.number)
+        chosen = np.sort(np.argsort(-predicted, kind="stable")[:number])
+        trainer.add_metric("partly_solved/candidates", float(predicted.mean()))
+        trainer.add_metric("partly_solved/selected", float(predicted[chosen].mean()))
+    else:
+        chosen = _by_perplexity(trainer, batch, candidates, number)
+    batch.begin_with(trainer.passes.sampler.rows(candidates[chosen]))
+
+
+def _by_perplexity(trainer, batch: GenerationBatch, candidates: np.ndarray, number: int) -> np.ndarray:
+    """Places of so many of the candidates."""
     share = np.resize(candidates, (batch.num_processes, -(-len(candidates) // batch.num_processes)))
     perplexity = trainer.accelerator.gather(_perplexity(trainer, batch, share[batch.process_index]))
     perplexity = perplexity[: len(candidates)].float().cpu().numpy()
     progress = trainer.state.global_step / trainer.state.max_steps
-    chosen = np.sort(select_by_perplexity(perplexity, len(batch.group_ids) // trainer.num_generations, progress))
+    chosen = np.sort(select_by_perplexity(perplexity, number, progress))
     trainer.add_metric("prompt_perplexity/candidates", float(perplexity.mean()))
     trainer.add_metric("prompt_perplexity/selected", float(perplexity[chosen].mean()))
-    batch.begin_with(trainer.passes.sampler.rows(candidates[chosen]))
+    return chosen
 
 
 def _perplexity(trainer, batch: GenerationBatch, prompt_ids: np.ndarray) -> torch.Tensor:
@@ -62,6 +74,8 @@ def count(trainer, batch: GenerationBatch) -> None:
         trainer.rollout_log.append(place, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
+        if (chain := trainer.difficulty_tracker.solved_chain) is not None:
+            chain.observe(batch.sampled_ids, correctness, trainer.passes.number)
 
 
 def shape_rewards(trainer, batch: GenerationBatch) -> None:

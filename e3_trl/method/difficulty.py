@@ -5,9 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .solved_chain import SolvedChain
+
 
 # Means that are this close, and that rounding alone has put apart, are equal.
 _ROUNDING = 1e-10
+# What the names of the chain's arrays begin with in a tracker's state.
+_CHAIN = "solved_chain."
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,16 @@ class PromptStats:
         success_rate (`np.ndarray` of shape `(B,)`): share of right rollouts (reward above 0.5), NaN = not known.
         num_rollouts (`np.ndarray` of shape `(B,)`): scored rollouts so far.
         mean_success_rate (`float`): of all prompts of the dataset that have been sampled, NaN = none was.
+        partly_solved (`np.ndarray` of shape `(B,)`, *optional*):
+            Probability that some of its rollouts will be right and some wrong
+            ([`~e3_trl.method.solved_chain.SolvedChain`]), for rules of the user's own.
     """
 
     difficulty: np.ndarray
     success_rate: np.ndarray
     num_rollouts: np.ndarray
     mean_success_rate: float = np.nan
+    partly_solved: np.ndarray | None = None
 
 
 class DifficultyTracker:
@@ -53,6 +61,8 @@ class DifficultyTracker:
             Right and wrong rollouts that a prompt is taken to have had before its first: with \\( a \\) of each the
             mean is that of a Beta posterior, \\( (r + a) / (n + 2 a) \\)
             (https://huggingface.co/papers/2507.04632). A prompt that was never solved then still has a chance.
+        predicts (`bool`, *optional*, defaults to `False`):
+            Whether there is a `solved_chain`, which takes 104 bytes a prompt.
 
     Attributes:
         difficulty (`np.ndarray` of shape `(num_prompts,)`):
@@ -66,6 +76,9 @@ class DifficultyTracker:
             Sum of their rewards, \\( r_i \\).
         num_correct (`np.ndarray` of shape `(num_prompts,)`):
             How many of them are right.
+        solved_chain ([`~e3_trl.method.solved_chain.SolvedChain`], *optional*):
+            What predicts which prompts will be partly solved. It is told of batches by itself, for it knows passes by
+            their number.
 
     Example:
 
@@ -85,12 +98,14 @@ class DifficultyTracker:
         initial_difficulty: np.ndarray | None = None,
         decay: float = 1.0,
         prior: float = 0.0,
+        predicts: bool = False,
     ):
         if not 0 < decay <= 1:
             raise ValueError(f"decay is {decay}. Set it in (0, 1], 1 = none.")
         if not 0 <= prior < np.inf:
             raise ValueError(f"prior is {prior}. Set it to 0 (none) or more.")
         self.decay, self.prior = decay, prior
+        self.solved_chain = SolvedChain(num_prompts) if predicts else None
         self.num_rollouts = np.zeros(num_prompts, dtype=np.float64)
         self.reward_sum = np.zeros(num_prompts, dtype=np.float64)
         self.num_correct = np.zeros(num_prompts, dtype=np.float64)
@@ -155,7 +170,9 @@ class DifficultyTracker:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays of shape `(num_prompts,)` from which [`DifficultyTracker.load_state_dict`] goes on exactly."""
+        chain = {} if self.solved_chain is None else self.solved_chain.state_dict()
         return {
+            **{_CHAIN + name: values for name, values in chain.items()},
             "num_rollouts": self.num_rollouts.copy(),
             "reward_sum": self.reward_sum.copy(),
             "num_correct": self.num_correct.copy(),
@@ -165,7 +182,12 @@ class DifficultyTracker:
 
     def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:
         """Restore what [`DifficultyTracker.state_dict`] returned; `ValueError` if it is of another dataset size."""
+        chain = {name: values for name, values in state_dict.items() if name.startswith(_CHAIN)}
+        if chain and self.solved_chain is not None:  # else it was switched on since, and nothing is known yet
+            self.solved_chain.load_state_dict({name.removeprefix(_CHAIN): values for name, values in chain.items()})
         for name, current in self.state_dict().items():
+            if name.startswith(_CHAIN):
+                continue
             if np.shape(state_dict[name]) != current.shape:
                 raise ValueError(f"{name} has shape {np.shape(state_dict[name])}, expected {current.shape}.")
             setattr(self, name, np.array(state_dict[name], dtype=current.dtype))

@@ -45,6 +45,7 @@ TABLE = {
     "dynamic_sampling": (True, OBEYED, {}),
     "max_resample_rounds": (1, OBEYED, {"dynamic_sampling": True}),
     "prompt_selection_ratio": (0.5, "prompt_selection_ratio is 0.5, and was 1.0", {}),
+    "prompt_selection": ("partly_solved", OBEYED, {"prompt_selection_ratio": 0.5}),
     "entropy_weighting": (True, OBEYED, {}),
     "temperature_schedule": ("constant", OBEYED, {}),
     "temperature_target_entropy": (2.5, OBEYED, {}),

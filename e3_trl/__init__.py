@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from .method.budget import RolloutBudgetSchedule, allocate_rollouts
     from .method.difficulty import DifficultyTracker
     from .method.temperature import TemperatureSchedule
-    from .rewards import math_accuracy_reward, math_reasoning_accuracy_reward
+    from .rewards import (
+        math_accuracy_reward,
+        math_reasoning_accuracy_reward,
+        reasoning_gym_dataset,
+        reasoning_gym_partial_reward,
+        reasoning_gym_reward,
+    )
     from .runs.rollout_log import read_rollout_columns, read_rollouts
     from .trainer import E3GRPOTrainer
 
@@ -40,6 +46,9 @@ _MODULES = {
     "pass_at_k": "evaluation.metrics",
     "read_rollout_columns": "runs.rollout_log",
     "read_rollouts": "runs.rollout_log",
+    "reasoning_gym_dataset": "rewards",
+    "reasoning_gym_partial_reward": "rewards",
+    "reasoning_gym_reward": "rewards",
 }
 __all__ = [
     "DifficultyTracker",
@@ -58,6 +67,9 @@ __all__ = [
     "pass_at_k",
     "read_rollout_columns",
     "read_rollouts",
+    "reasoning_gym_dataset",
+    "reasoning_gym_partial_reward",
+    "reasoning_gym_reward",
 ]
 
 

@@ -44,7 +44,10 @@ class EvaluationArguments(SamplingConfig):
             Models, folders or names on the Hub: runs of one method, which are averaged. The paper trains three.
         benchmarks (`list[str]`):
             Parquet, JSON or JSON-lines files, or datasets on the Hub (`owner/name`, or `owner/name:config`), with a
-            problem and an answer in each row. A column `source` splits a file into several benchmarks.
+            problem and an answer in each row. A column `source` splits a file into several benchmarks. Or
+            `reasoning_gym:task`, of which each task is one.
+        dataset_config (`str` or a mapping, *optional*):
+            Of `reasoning_gym`, as in training: the test split of that configuration.
         sources (`list[str]`, *optional*):
             The benchmarks to take, by name. All if none is named.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
@@ -63,6 +66,9 @@ class EvaluationArguments(SamplingConfig):
     )
     benchmarks: list[str] = field(
         default_factory=list, metadata={"help": "Files, or datasets on the Hub, of problems and answers."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Of reasoning_gym, as in training: a mapping, as JSON here."}
     )
     sources: list[str] = field(
         default_factory=list, metadata={"help": "The benchmarks to take. All if none is named."}
@@ -83,7 +89,7 @@ class EvaluationArguments(SamplingConfig):
 
 def load_benchmarks(args: EvaluationArguments) -> pd.DataFrame:
     """The problems of all benchmarks: `prompt`, `solution`, `source` (the benchmark's name) and their own columns."""
-    problems = join_problems([load_problems(name) for name in args.benchmarks])
+    problems = join_problems([load_problems(name, config=args.dataset_config) for name in args.benchmarks])
     if "solution" not in problems or problems["solution"].isna().any():
         raise ValueError(f"benchmarks names {args.benchmarks}, and one has no answers. Add a column 'answer' to it.")
     unknown = set(args.sources) - set(problems["source"])

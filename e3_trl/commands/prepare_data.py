@@ -63,7 +63,9 @@ class PreparationArguments(SamplingConfig):
     Args:
         dataset_name (`list[str]`):
             Parquet, JSON or JSON-lines files, or datasets on the Hub (`owner/name`, or `owner/name:config`), with a
-            problem and an answer in each row.
+            problem and an answer in each row; or `reasoning_gym:task`.
+        dataset_config (`str` or a mapping, *optional*):
+            Of `reasoning_gym`, as in training: the train split of that configuration.
         problem_column, answer_column, source_column (`str`, *optional*):
             Their columns. If `None`, found by their usual names; a dataset without a source is one.
         model_name_or_path (`str`, *optional*):
@@ -97,6 +99,9 @@ class PreparationArguments(SamplingConfig):
 
     dataset_name: list[str] = field(
         default_factory=list, metadata={"help": "Files, or datasets on the Hub, of problems and answers."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Of reasoning_gym, as in training: a mapping, as JSON here."}
     )
     problem_column: str | None = field(default=None, metadata={"help": "Column of the problems."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
@@ -158,7 +163,7 @@ def load_raw(args: PreparationArguments) -> pd.DataFrame:
     """The problems of all datasets, with their own columns, and answers as the reward function reads them."""
     columns = {"prompt": args.problem_column, "solution": args.answer_column, "source": args.source_column}
     columns["num_correct"] = args.num_correct_column
-    raw = [load_problems(name, "train", columns) for name in args.dataset_name]
+    raw = [load_problems(name, "train", columns, args.dataset_config) for name in args.dataset_name]
     for name, frame in zip(args.dataset_name, raw, strict=True):
         if "solution" not in frame:
             raise ValueError(f"{name!r} (dataset_name) has no answers. Set answer_column.")
@@ -404,7 +409,9 @@ def push(folder: Path, name: str) -> None:
 
 def main(args: PreparationArguments) -> None:
     raw = load_raw(args)
-    test_prompts = [prompt for name in args.test_sets for prompt in load_problems(name)["prompt"]]
+    test_prompts = [
+        prompt for name in args.test_sets for prompt in load_problems(name, config=args.dataset_config)["prompt"]
+    ]
     scorer = load_scorer(args.reward_func, list(raw))
     counts: dict = {}
     problems = drop_long(drop_known(raw, test_prompts, counts), args, counts)

@@ -26,6 +26,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from .. import E3GRPOConfig, FastGRPOConfig
 from ..rewards import REWARD_FUNCS, load_reward_func
+from ..rewards.reasoning_gym import is_reasoning_gym, load_splits
 from ..runs.publishing import check_hub_access, publish
 from ..runs.run_folder import FIGURES
 from . import mistakes_named
@@ -53,6 +54,9 @@ class E3ScriptArguments(ScriptArguments):
             `reasoning_accuracy_reward`, `think_format_reward`), or a dotted path such as
             `my_package.rewards.my_reward`, looked up from the current folder too. The first is the correctness signal
             unless `difficulty_reward_func` names another.
+        dataset_config (`str` or a mapping, *optional*):
+            Configuration of a dataset on the Hub. Of `dataset_name: reasoning_gym:<task>` a mapping, or JSON: the
+            arguments of [`~e3_trl.reasoning_gym_dataset`].
     """
 
     trainer: str = field(
@@ -66,12 +70,20 @@ class E3ScriptArguments(ScriptArguments):
         default_factory=lambda: ["math_accuracy_reward"],
         metadata={"help": f"Reward functions: any of {sorted(REWARD_FUNCS)}, or a dotted path."},
     )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a dataset on the Hub; of reasoning_gym, a mapping, as JSON here."},
+    )
 
 
 def load_data(script_args: E3ScriptArguments) -> Dataset | DatasetDict:
-    """The dataset on the Hub, in a local folder, or in a local parquet, JSON or JSON-lines file."""
+    """The dataset on the Hub, in a local folder or parquet, JSON or JSON-lines file, or made by reasoning-gym."""
     if script_args.dataset_name is None:
         raise ValueError("dataset_name is not set. Name a dataset on the Hub, or a local folder or file.")
+    if is_reasoning_gym(script_args.dataset_name):
+        if script_args.dataset_streaming:
+            raise ValueError("dataset_streaming is True, and reasoning_gym's problems are no stream. Leave it out.")
+        return load_splits(script_args.dataset_name, script_args.dataset_config, ["train", "test"])
     path = Path(script_args.dataset_name)
     files = {file.stem: str(file) for file in sorted(path.glob("*.parquet"))}
     if script_args.dataset_train_split in files:
@@ -162,7 +174,9 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
         draw_runs([training_args.output_dir], Path(training_args.output_dir) / FIGURES)
     trainer.accelerator.wait_for_everyone()
     end(trainer)
-    trainer.create_model_card(repo_id.split("/")[-1], dataset_name=script_args.dataset_name)
+    # The card links its dataset to the Hub.
+    dataset_name = None if is_reasoning_gym(script_args.dataset_name) else script_args.dataset_name
+    trainer.create_model_card(repo_id.split("/")[-1], dataset_name=dataset_name)
     if training_args.push_to_hub and trainer.is_world_process_zero():
         publish(training_args.output_dir, repo_id, revision=training_args.hub_revision)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from datasets import load_dataset
 
 from ..rewards import REWARD_FUNCS
+from ..rewards.reasoning_gym import is_reasoning_gym, load_splits
 
 
 # The first of these that a dataset has, in any case.
@@ -38,19 +39,26 @@ _SYNONYMS = {
 }  # fmt: skip
 
 
-def load_problems(name: str, split: str = "test", columns: dict[str, str] | None = None) -> pd.DataFrame:
+def load_problems(
+    name: str,
+    split: str = "test",
+    columns: dict[str, str] | None = None,
+    config: dict | str | None = None,
+) -> pd.DataFrame:
     """
     Load problems and their answers.
 
     Args:
         name (`str`):
             Parquet, JSON or JSON-lines file, or dataset on the Hub, with its configuration after a colon if it has
-            several (`"owner/name:config"`).
+            several (`"owner/name:config"`); or `"reasoning_gym:task"`, whose tasks are its sources.
         split (`str`, *optional*, defaults to `"test"`):
             Split of a dataset on the Hub. One that has a single split gives that.
         columns (`dict[str, str]`, *optional*):
             Other columns to keep, `{name: column}`; and the columns of `prompt`, `solution` and `source`, where they
             are not found by their usual names.
+        config (`dict` or `str`, *optional*):
+            `dataset_config` of reasoning-gym's problems, as in [`~e3_trl.rewards.reasoning_gym.load_splits`].
 
     Returns:
         `pd.DataFrame`: `prompt` (text or messages), `solution` (the answer's text; absent if the dataset has none),
@@ -60,7 +68,12 @@ def load_problems(name: str, split: str = "test", columns: dict[str, str] | None
         `ValueError`: if there is no such file, split or column, or if a problem or an answer is missing.
     """
     path = Path(name)
-    if path.suffix in FILE_KINDS:
+    if is_reasoning_gym(name):
+        splits = load_splits(name, config, [split])
+        if split not in splits:
+            raise ValueError("test_size is 0 (dataset_config). Set it to 1 or more.")
+        owner_name, dataset = name, splits[split].rename_column("task", "source")
+    elif path.suffix in FILE_KINDS:
         if not path.is_file():
             raise ValueError(f"There is no file {name!r}. Check the path.")
         dataset = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
@@ -118,9 +131,10 @@ def join_problems(frames: list[pd.DataFrame]) -> pd.DataFrame:
 def answers_for(reward_func: str, answers: list[str]) -> list[str]:
     """
     Answers as a reward function reads them: those of [`~e3_trl.rewards.REWARD_FUNCS`] as formulas, for math-verify,
-    any other as they stand.
+    any other, and reasoning-gym's, as they stand.
     """
-    return [mark_answer(answer) for answer in answers] if reward_func in REWARD_FUNCS else list(answers)
+    for_math = reward_func in REWARD_FUNCS and not reward_func.startswith("reasoning_gym_")
+    return [mark_answer(answer) for answer in answers] if for_math else list(answers)
 
 
 def mark_answer(answer: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from .. import dotted_path
+from .reasoning_gym import check_installed, reasoning_gym_partial_reward, reasoning_gym_reward
 from .worker_pool import Verdict, WorkerPool
 
 
@@ -113,6 +114,8 @@ REWARD_FUNCS = {
         accuracy_reward,
         reasoning_accuracy_reward,
         think_format_reward,
+        reasoning_gym_reward,
+        reasoning_gym_partial_reward,
     )
 }
 
@@ -120,8 +123,10 @@ REWARD_FUNCS = {
 def load_reward_func(name: str) -> Callable:
     """
     A reward function of [`REWARD_FUNCS`], or by its dotted path, from the current folder too; `ValueError` if there is
-    none.
+    none, or what it needs is not installed.
     """
+    if name.startswith("reasoning_gym_"):
+        check_installed()
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     try:

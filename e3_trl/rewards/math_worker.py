@@ -67,9 +67,15 @@ def die_with(parent: int) -> None:
     os._exit(1)
 
 
-def serve(connection: Connection, timeout: float) -> None:
+def check(gold: list, completion: str, with_texts: bool) -> dict:
+    answer = parse_answer(completion)
+    texts = {"gold_parsed": describe(gold), "answer_parsed": describe(answer)} if with_texts else {}
+    return {"reward": float(verify(gold, answer, timeout_seconds=None)), **texts}
+
+
+def serve(connection: Connection, timeout: float, parse_gold=parse_gold, check=check) -> None:
     """
-    Answer requests until the other end closes.
+    Answer requests until the other end closes: by math-verify, or by what is given in its place.
 
     A request has `solution`, `completion`, `new` and `describe`. If the solution is new, the first answer is
     `{"gold": bool}`, whether it could be parsed. If so, another one has the `reward`, whether the worker should
@@ -96,11 +102,9 @@ def serve(connection: Connection, timeout: float) -> None:
             send(gold=bool(gold))
         if gold:
             signal.setitimer(signal.ITIMER_REAL, timeout + 1)
-            answer = parse_answer(request["completion"])
-            reward = float(verify(gold, answer, timeout_seconds=None))
-            texts = {"gold_parsed": describe(gold), "answer_parsed": describe(answer)} if request["describe"] else {}
+            verdict = check(gold, request["completion"], request["describe"])
             # A worker that has kept half of its memory would fail at a later answer instead.
-            send(reward=reward, retire=address_space() > limit - MEMORY_LIMIT // 2 > 0, **texts)
+            send(retire=address_space() > limit - MEMORY_LIMIT // 2 > 0, **verdict)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

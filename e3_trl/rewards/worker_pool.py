@@ -1,4 +1,4 @@
-"""A pool of processes that check answers with math-verify within hard limits."""
+"""A pool of processes that check answers, with math-verify or another checker, within hard limits."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 class _Worker:
     """A worker process: the completion that it checks, until when it may, and the gold answers that it has parsed."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, script: Path):
         ours, theirs = socket.socketpair()
         # What is larger than the socket's buffer is only sent as the worker reads, and one that is stopped never does.
         seconds, rest = divmod(timeout, 1)
@@ -52,7 +52,7 @@ class _Worker:
             # Not multiprocessing: its "fork" copies a process with CUDA and threads, its "spawn" runs the main script
             # again, with all its imports. In a session of its own a worker does not see the terminal's Ctrl-C.
             self.process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(theirs.fileno()), str(os.getpid()), str(timeout)],
+                [sys.executable, str(script), str(theirs.fileno()), str(os.getpid()), str(timeout)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -261,12 +261,13 @@ class _Call:
 
 class WorkerPool:
     """
-    Checks answers with math-verify in processes that are killed and replaced when they take too long or die.
+    Checks answers, with math-verify if nothing else is given, in processes that are killed and replaced when they
+    take too long or die.
 
     Each worker checks one completion at a time in its main thread, and parses a gold answer once; completions with the
     same gold answer go to the worker that knows it, unless another one would be idle. Workers start at the first call
-    and stay. They import math-verify only, and end with this process, however it ends. A process forked from this one
-    starts its own. Needs Linux or macOS.
+    and stay. They import their checker only, and end with this process, however it ends. A process forked from this
+    one starts its own. Needs Linux or macOS.
 
     A gold answer whose parse took too long or ended its worker is tried once more; if it fails again, it counts as not
     checked in this and all later calls.
@@ -276,11 +277,21 @@ class WorkerPool:
             worker is killed. A worker's memory is limited to 1 GiB above what it has at its start (Linux only).
         size (`int`, *optional*): number of workers. `None`: this process's CPU cores, shared by the processes
             that the launcher has started on this machine (`LOCAL_WORLD_SIZE`), at most 16.
+        script (`Path`, *optional*): what the workers run. If `None`, math-verify's.
+        package (`str`, *optional*, defaults to `"math_verify"`): what that imports, for the message if it cannot.
     """
 
-    def __init__(self, timeout: float = 5.0, size: int | None = None):
+    def __init__(
+        self,
+        timeout: float = 5.0,
+        size: int | None = None,
+        script: Path | None = None,
+        package: str = "math_verify",
+    ):
         self.timeout = timeout
         self.size = size
+        self.script = script
+        self.package = package
         self._forget()
         os.register_at_fork(after_in_child=self._forget)
 
@@ -322,7 +333,7 @@ class WorkerPool:
         """Have `count` workers, or fewer if starting them fails."""
         while len(self._workers) < count and self._failed_starts < MAX_FAILED_STARTS:
             try:
-                self._workers.append(_Worker(self.timeout))
+                self._workers.append(_Worker(self.timeout, self.script or WORKER))
             except OSError as error:  # no memory, process ids or file descriptors left
                 self._start_failed(str(error))
 
@@ -341,8 +352,8 @@ class WorkerPool:
             return
         message = (
             f"{self._failed_starts} processes that check answers were not ready within {START_SECONDS} s, the last: "
-            f"{how}. Their messages stand above; `{sys.executable} -c 'import math_verify'` should succeed, and this "
-            "machine should have memory and process ids left."
+            f"{how}. Their messages stand above; `{sys.executable} -c 'import {self.package}'` should succeed, and "
+            "this machine should have memory and process ids left."
         )
         if not self._workers:
             raise RuntimeError(message)

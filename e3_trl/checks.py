@@ -77,6 +77,12 @@ COMBINATIONS: list[Combination] = [
         "(num_generations is {c.num_generations}), for a batch has a row for each candidate, and to at most 1.",
     ),
     (
+        lambda c: c.temperature_target_fraction != 1 and c.temperature_target_entropy is not None,
+        "temperature_target_fraction is {c.temperature_target_fraction} and temperature_target_entropy "
+        "{c.temperature_target_entropy}: the one is a part of the entropy that is measured, the other set by hand. "
+        "Set one of them only.",
+    ),
+    (
         lambda c: c.temperature_schedule == "entropy" and c.temperature <= 0,
         "temperature is {c.temperature}, and greedy decoding has no entropy to hold. Set it above 0, or set "
         "temperature_schedule to 'constant'.",

@@ -100,6 +100,8 @@ class E3GRPOConfig(FastGRPOConfig):
             batches.
         temperature_warmup_steps (`int`, *optional*, defaults to `1`):
             Number of batches that the target entropy is measured on.
+        temperature_target_fraction (`float`, *optional*, defaults to `1.0`):
+            The target is this part of the entropy that was measured. Below 1, entropy may fall part of the way.
         temperature_min (`float`, *optional*, defaults to `0.1`):
             The schedule goes no lower.
         temperature_max (`float`, *optional*, defaults to `2.0`):
@@ -235,6 +237,9 @@ class E3GRPOConfig(FastGRPOConfig):
     temperature_warmup_steps: int = field(
         default=1, metadata={"help": "Number of batches that the target entropy is measured on."}
     )
+    temperature_target_fraction: float = field(
+        default=1.0, metadata={"help": "The target is this part of the entropy that was measured."}
+    )
     temperature_min: float = field(default=0.1, metadata={"help": "The temperature schedule goes no lower."})
     temperature_max: float = field(default=2.0, metadata={"help": "The temperature schedule goes no higher."})
     temperature_spread: float = field(
@@ -266,7 +271,11 @@ class E3GRPOConfig(FastGRPOConfig):
             try:
                 self.make_temperature_schedule(vocab_size=3)
             except ValueError as error:
-                own_names = ("target_entropy", "warmup_steps")  # which here are temperature_target_entropy and so on
+                own_names = (
+                    "target_entropy",
+                    "warmup_steps",
+                    "target_fraction",
+                )  # which here are temperature_target_entropy and so on
                 raise ValueError("temperature_" * str(error).startswith(own_names) + str(error)) from error
 
     @property
@@ -296,6 +305,7 @@ class E3GRPOConfig(FastGRPOConfig):
             temperature=self.temperature,
             target_entropy=self.temperature_target_entropy,
             warmup_steps=self.temperature_warmup_steps,
+            target_fraction=self.temperature_target_fraction,
             annealing_start=self.annealing_start,
             annealing_factor=self.annealing_factor,
             temperature_min=self.temperature_min,

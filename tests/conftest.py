@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Qwen2Config
 from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer
@@ -100,8 +100,8 @@ def more_for_the_easy(stats, bounds):
     return budgets
 
 
-def save_tiny_model(path) -> str:
-    """Write an untied Qwen2 of 20,000 parameters with a character tokenizer to the folder `path`."""
+def save_tiny_model(path, config_class=Qwen2Config, tie_word_embeddings: bool = False) -> str:
+    """Write a model of 20,000 parameters, a Qwen2 by default, and a character tokenizer to the folder `path`."""
     vocab = {character: index for index, character in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -109,7 +109,7 @@ def save_tiny_model(path) -> str:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = config_class(
         vocab_size=len(vocab),
         hidden_size=32,
         intermediate_size=64,
@@ -117,12 +117,12 @@ def save_tiny_model(path) -> str:
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tie_word_embeddings,
         initializer_range=0.2,
         eos_token_id=vocab["<eos>"],
         pad_token_id=vocab["<pad>"],
     )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return str(path)
 
 

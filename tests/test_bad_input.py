@@ -54,6 +54,11 @@ def make_config(tmp_path, **settings):
         ({"temperature_target_entropy": -1.0}, "temperature_target_entropy is -1.0. Set"),
         ({"temperature_warmup_steps": 0}, "temperature_warmup_steps is 0. Set"),
         ({"annealing_start": 2.0}, "annealing_start is 2.0. Set"),
+        ({"temperature_target_fraction": 0.0}, "temperature_target_fraction is 0.0. Set"),
+        (
+            {"temperature_target_fraction": 0.5, "temperature_target_entropy": 1.0},
+            "temperature_target_fraction is 0.5 and temperature_target_entropy 1.0: .*Set one",
+        ),
         ({"annealing_factor": 1.5}, "annealing_factor is 1.5. Set"),
         ({"eval_temperature": 0.0}, "eval_temperature is 0.0. Set"),
         ({"length_bias_coef": -0.1}, "length_bias_coef is -0.1. Set"),

@@ -132,29 +132,19 @@ class EngineCheckCallback(TrainerCallback):
                 for batch in share.iter(batch_size=1000):
                     longest = max(longest, *map(len, trainer.tokenize(batch["prompt"])))
         longest = max(gather_object([longest]))  # no rank starts an engine where another cannot
-        config = trainer.model.config
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        check_colocated_vllm(args, config.tie_word_embeddings, trainer.accelerator.device.type, longest, context)
+        context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+        check_colocated_vllm(args, longest, context)
 
 
-def check_colocated_vllm(
-    args, tie_word_embeddings: bool, device: str, longest_prompt: int, context: int | None
-) -> None:
+def check_colocated_vllm(args, longest_prompt: int, context: int | None) -> None:
     """
-    Raise `ValueError` if a colocated vLLM could not hold the run's prompts, or would sample from stale weights.
+    Raise `ValueError` if a colocated vLLM could not hold the run's prompts.
 
     Args:
         args ([`FastGRPOConfig`]): the run's configuration.
-        tie_word_embeddings (`bool`): whether the model's LM head is its embedding.
-        device (`str`): type of the device that is trained on.
         longest_prompt (`int`): tokens of the dataset's longest prompt.
         context (`int`, *optional*): tokens that the model is made for.
     """
-    if device == "cpu" and tie_word_embeddings:
-        raise ValueError(
-            "The model has tie_word_embeddings set, and use_vllm is on with a CPU: vLLM's reload leaves the tied LM "
-            "head at its old weights there. Use an untied model, a GPU, or set use_vllm to False."
-        )
     needed = longest_prompt + args.max_completion_length
     both = (
         f"less than the longest prompt ({longest_prompt} tokens) and max_completion_length "

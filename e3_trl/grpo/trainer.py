@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -45,7 +46,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `temperature` | a property: setting it reaches sampling, log-probs, entropies and the reference model alike |
     | `train` | the run's folder, for this run alone; resume from its last sound checkpoint; save if something fails |
     | `get_batch_samples` | no batch is left for a run that is over |
-    | `_get_train_sampler` | prompts in TRL's order, which can be resumed |
+    | `_get_train_sampler`, `_get_dataloader` | prompts in TRL's order, which can be resumed |
     | `_generate_and_score_completions` | seed vLLM; what TRL scores of the rows is put off until they are planned |
     | `_generate` | a rollout function may ask for log-probs, and gets them; an evaluation stays one |
     | `_calculate_rewards` | say what a reward function raised for; what is right in an evaluation |
@@ -205,6 +206,15 @@ class FastGRPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         self.passes.sampler = PassSampler.like(super()._get_train_sampler(dataset))
         return self.passes.sampler
+
+    def _get_dataloader(self, dataset, *args, is_training=False, **kwargs):
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if is_training and loader.persistent_workers:
+            # Workers that stay are given their seed once in a run, and once more where it goes on. That has to be a
+            # draw of their own, or what is sampled after it would be something else.
+            seed = torch.empty((), dtype=torch.int64).random_().item()
+            loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
+        return loader
 
     def _generate_and_score_completions(self, inputs):
         if self.evaluation is not None:

@@ -70,7 +70,8 @@ class RolloutGeneration(VLLMGeneration):
     - With a server, each row is a request. TRL takes every `num_generations`-th prompt, which gives the prompts of
       groups of other sizes each other's completions. If the server is gone, all ranks get a [`VLLMServerError`] at
       the same place; TRL's error reaches the main process alone, while the others wait for it.
-    - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there.
+    - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there. The
+      LM head is repacked once more, because the reload passes over a tied one.
     """
 
     _text_is_read: bool = True
@@ -233,8 +234,15 @@ class RolloutGeneration(VLLMGeneration):
                     self._server_error = str(error)
             self._share_server_error()
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
+            from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.reload_weights(weights_iterator=self._iter_named_params())
+            # A tied head shares the embedding's weight, but computes with a repacked copy of its own. Nothing is sent
+            # under its name, so the reload leaves that copy as it was.
+            for layer in runner.get_model().modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
             self.llm.reset_prefix_cache()
             return
         try:

@@ -35,6 +35,9 @@ class TemperatureSchedule:
             the temperature stays as it is.
         warmup_steps (`int`, *optional*, defaults to `1`):
             Number of batches that \\( H_{init} \\) is measured on.
+        target_fraction (`float`, *optional*, defaults to `1.0`):
+            \\( c \\): the target is \\( c H_{init} \\). Differs from the paper, where it is 1: below, entropy may fall
+            part of the way (https://huggingface.co/papers/2510.10959).
         max_steps (`int`, *optional*):
             Number of steps of the run \\( t_{max} \\). If `None`, the target is not annealed.
         annealing_start (`float`, *optional*, defaults to `0.6`):
@@ -69,6 +72,7 @@ class TemperatureSchedule:
         temperature: float = 1.0,
         target_entropy: float | None = None,
         warmup_steps: int = 1,
+        target_fraction: float = 1.0,
         max_steps: int | None = None,
         annealing_start: float | None = 0.6,
         annealing_factor: float = 0.9,
@@ -81,6 +85,8 @@ class TemperatureSchedule:
             raise ValueError(f"target_entropy is {target_entropy}. Set it above 0 nats, or to None to measure it.")
         if warmup_steps < 1:
             raise ValueError(f"warmup_steps is {warmup_steps}. Set it to 1 or more.")
+        if not 0 < target_fraction < math.inf:
+            raise ValueError(f"target_fraction is {target_fraction}. Set it above 0, 1 = the first entropy.")
         if annealing_start is not None and not 0 <= annealing_start <= 1:
             raise ValueError(f"annealing_start is {annealing_start}. Set it in [0, 1], or to None for no annealing.")
         if not 0 < annealing_factor <= 1:
@@ -94,6 +100,7 @@ class TemperatureSchedule:
         self.temperature = temperature
         self.initial_entropy = target_entropy
         self.warmup_steps = warmup_steps
+        self.target_fraction = target_fraction
         self.max_steps = max_steps
         self.annealing_start = annealing_start
         self.annealing_factor = annealing_factor
@@ -110,15 +117,18 @@ class TemperatureSchedule:
     @property
     def target_entropy(self) -> float | None:
         r"""\\( H_{target} \\) of the current step in nats per token (Eq. 5), `None` until it is measured."""
-        if self.initial_entropy is None or self.annealing_start is None or self.max_steps is None:
-            return self.initial_entropy
+        if self.initial_entropy is None:
+            return None
+        target = self.target_fraction * self.initial_entropy
+        if self.annealing_start is None or self.max_steps is None:
+            return target
         annealing_step = math.floor(self.annealing_start * self.max_steps)
         step = min(self.step_count, self.max_steps)
         if step <= annealing_step:
-            return self.initial_entropy
+            return target
         progress = (step - annealing_step) / (self.max_steps - annealing_step)
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        return self.initial_entropy * (self.annealing_factor + (1 - self.annealing_factor) * cosine)
+        return target * (self.annealing_factor + (1 - self.annealing_factor) * cosine)
 
     def step(self, entropy: float, num_steps: int = 1) -> float:
         r"""

@@ -40,7 +40,8 @@ def held(folder: str | Path, is_main: bool) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            os.close(file)  # releases it
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: workers of the data loader have it open too
+            os.close(file)
 
 
 def _take(folder: Path) -> tuple[int | None, str | None]:

@@ -51,7 +51,7 @@ def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Untied and with heads of 32: what vLLM needs on a CPU."""
+    """Heads of 32: what vLLM needs on a CPU."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -10,7 +10,7 @@ import torch
 from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
@@ -169,6 +169,47 @@ def test_log_probs_agree_after_large_updates(make_trainer, float32_engine, peft_
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < (
         1e-3 if torch.cuda.is_available() else 1e-4
     )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(Qwen2Config, "float32"), (LlamaConfig, "bfloat16")],
+    ids=["Qwen2 in float32", "Llama in bfloat16"],
+)
+def tied_model(request, tmp_path_factory) -> tuple[str, str]:
+    """Folder and dtype of a model whose LM head is its embedding."""
+    config_class, dtype = request.param
+    return save_tiny_model(tmp_path_factory.mktemp("tied"), config_class, tie_word_embeddings=True), dtype
+
+
+# Of LoRA, the layers; the embedding is trained as a whole, and with it the head.
+TIED_LORA = {"target_modules": "all-linear", "r": 4, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("lora", [None, TIED_LORA], ids=["full", "LoRA"])
+def test_a_tied_head_arrives(tmp_path, request, tied_model, lora):
+    """
+    On a CPU the engine's head stayed at the weights that it was started with: off by 0.2 to 0.3 after 20 updates. In
+    bfloat16 that takes a CPU with instructions for it: vLLM repacks for no other.
+    """
+    path, dtype = tied_model
+    if dtype == "float32":
+        request.getfixturevalue("float32_engine")
+    trainer = build_trainer(
+        path,
+        tmp_path,
+        **VLLM,
+        peft_config=lora and LoraConfig(**lora),
+        model_init_kwargs={"dtype": dtype},
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        max_steps=21,
+    )
+    trainer.train()
+    assert trainer.model.config.tie_word_embeddings
+    differences = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert len(differences) == 21, "before the first update, and after each of 20"
+    assert max(differences) < {"float32": 1e-3, "bfloat16": 0.03}[dtype]
 
 
 def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine):
@@ -413,15 +454,6 @@ def no_engine(monkeypatch):
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(vllm_generation, "LLM", start)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's own sync handles tied models on a GPU")
-def test_a_tied_model_on_a_cpu_is_refused(tmp_path, no_engine):
-    path = save_tiny_model(tmp_path / "tied")
-    model = AutoModelForCausalLM.from_pretrained(path, tie_word_embeddings=True)
-    model.save_pretrained(path)
-    with pytest.raises(ValueError, match="tie_word_embeddings.*Use an untied model"):
-        build_trainer(path, tmp_path / "run", **VLLM)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -65,6 +65,15 @@ def test_target_is_the_mean_of_the_warmup():
     assert schedule.step(0.4) > 1.0
 
 
+def test_the_target_may_be_a_part_of_the_first_entropy():
+    schedule = TemperatureSchedule(vocab_size=10, target_fraction=0.5, max_steps=10)
+    schedule.step(0.4)
+    assert schedule.target_entropy == 0.2
+    assert schedule.step(0.2) == 1.0
+    assert schedule.step(0.3, num_steps=6) < 1.0
+    assert schedule.target_entropy == pytest.approx(0.2 * 0.95), "and annealed from there"
+
+
 def test_a_given_target_acts_from_the_first_step():
     assert TemperatureSchedule(vocab_size=10, target_entropy=1.0).step(0.5) > 1.0
 
@@ -129,6 +138,7 @@ def test_state_goes_on_where_it_was_saved():
         ({"vocab_size": 2}, "vocab_size"),
         ({"target_entropy": 0.0}, "target_entropy"),
         ({"warmup_steps": 0}, "warmup_steps"),
+        ({"target_fraction": 0.0}, "target_fraction"),
         ({"annealing_start": 1.5}, "annealing_start"),
         ({"annealing_factor": 0.0}, "annealing_factor"),
         ({"temperature": 3.0}, "temperature_max"),

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from e3_trl import TemperatureCallback, TemperatureSchedule
+from e3_trl import FastGRPOTrainer, TemperatureCallback, TemperatureSchedule
 from e3_trl.grpo.reward_errors import RewardError
 from e3_trl.runs import lock
 from e3_trl.runs.checkpoint import load_state, save_state
@@ -105,6 +105,18 @@ def rows(trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6], ids=["at the end of a pass", "inside one"])
+def test_a_run_with_persistent_workers_goes_on_number_for_number(make_trainer, step):
+    """Its workers begin once in a run, with a draw of the random state that the run without a break does not make."""
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "save_strategy": "steps"}
+    whole = make_trainer(output_dir="whole", save_steps=2, **settings)
+    whole.train()
+    resumed = make_trainer(output_dir="whole", save_steps=20, **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+    for name in ("loss", "entropy", "temperature", "reward"):
+        assert logged(resumed, name) == logged(whole, name)
+
+
 def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, kill, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(output_dir="whole", **settings)
@@ -884,3 +896,14 @@ def test_a_new_run_in_a_used_folder_leaves_no_old_model_beside_its_arguments(mak
     for name in ("model.safetensors", "config.json", "tokenizer.json", "figures/reward.png"):
         assert not (tmp_path / "run" / name).exists(), name
         assert (tmp_path / "run" / "_earlier" / "1" / name).exists(), name
+
+
+@pytest.mark.slow
+def test_with_persistent_workers_completions_are_trls(make_trainer):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 6}
+    rewards = []
+    for kind in (GRPOTrainer, FastGRPOTrainer):
+        trainer = make_trainer(kind, output_dir=kind.__name__, **settings)
+        trainer.train()
+        rewards.append(logged(trainer, "reward"))
+    assert rewards[0] == rewards[1]

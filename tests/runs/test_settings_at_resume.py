@@ -48,6 +48,7 @@ TABLE = {
     "entropy_weighting": (True, OBEYED, {}),
     "temperature_schedule": ("constant", OBEYED, {}),
     "temperature_target_entropy": (2.5, OBEYED, {}),
+    "temperature_target_fraction": (0.5, OBEYED, {}),
     "temperature_warmup_steps": (9, OBEYED, {"temperature_warmup_steps": 8}),
     "temperature_min": (0.99, OBEYED, {"temperature_target_entropy": 1.0}),
     "temperature_max": (1.01, OBEYED, {}),

@@ -124,7 +124,7 @@ def test_problems_carry_the_difficulty_that_was_measured(warmed, capsys):
 def test_a_killed_run_goes_on_from_its_checkpoint(warmed, tmp_path):
     study = run.read_study(STUDIES[0])
     study["settings"] |= {"save_steps": 1, "eval_steps": 2, "save_total_limit": None}
-    study["tasks"] = {"ways": study["tasks"]["ways"] | {"seeds": 1, "problems": {"train": 4, "test": 1}}}
+    study["tasks"] = {"ways": study["tasks"]["ways"] | {"seeds": 1, "problems": {"train": 8, "test": 1}}}
     study["tasks"]["ways"] |= {"methods": ["best", "grpo_2"], "settings": {"max_steps": 2}}
     config = tmp_path / "study.yaml"
     config.write_text(yaml.safe_dump(study))

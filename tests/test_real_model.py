@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.study import run
+from benchmarks.study import real_model_report, run
 from e3_trl import E3GRPOConfig
 from recipes.quickstart.prepare import make_model, make_tokenizer
 
@@ -169,6 +169,35 @@ def test_the_declared_runs_are_understood(path, tmp_path):
         assert config.generation_batch_size == 64
         assert 160 * config.num_generations % config.generation_batch_size == 0
         assert config.max_steps % config.save_steps == 0
+
+
+def made_up(correct: list[int], eval_pass_at_1: list[float]) -> dict:
+    log = {"entropy": [0.5] * 8, "rollouts/all_wrong": [0.5] * 6 + [0.2, 0.4]}
+    made = {"correct": correct, "written_out": [0, 64], "log": log, "last_temperature": 1.2, "seconds": 60.0}
+    made |= {"rollouts": [0] + [64] * 8, "tokens": [0] + [640] * 8, "evaluated_at": [4, 8], "pass@1": eval_pass_at_1}
+    prompt = [{"role": "user", "content": "1 + 2 ="}]
+    return made | {"examples": [{"prompt": prompt, "solution": "3", "completions": ["1\n3\nAnswer: 3"]}]}
+
+
+def test_what_was_found_is_told_by_rung_and_seed_by_seed(tmp_path, capsys):
+    base = made_up([32, 0], [0.1, 0.2]) | {"level": ["2", "6"]}
+    for seed in (0, 1):
+        folder = tmp_path / "study" / "ways" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        runs = {"base": base, "grpo": made_up([64, 0], [0.3, 0.5]), "e3": made_up([64, 32], [0.5, 0.6])}
+        for method, result in runs.items():
+            (folder / f"{method}.json").write_text(json.dumps(result))
+    report = real_model_report.Arguments(str(tmp_path / "study"), str(tmp_path / "results"), str(tmp_path / "a.png"))
+    real_model_report.main(report)
+    found = (tmp_path / "results" / "real_model.md").read_text()
+    assert capsys.readouterr().out.strip() in found
+    assert "| base | 2 | pass@1 | 0.500 | 0.000 | 0.250 |" in found
+    assert "| e3 | 2 | writes totals | 0.000 | 1.000 | 0.500 |" in found
+    assert "| e3 | +0.250 (+0.000, +0.500) |" in found
+    assert "| 0.300 | 0.500 | 1.20 | 0.50 (2 of 2) | 0.50 (2 of 2) | 1 |" in found
+    assert "1 / 3 / Answer: 3" in found
+    assert (tmp_path / "a.png").exists()
+    assert len(list((tmp_path / "results" / "real_model").glob("ways/seed*/*.json"))) == 6
 
 
 def test_without_network_and_package_both_ways_are_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Ladder:
     taught: tuple[str, ...]
     steps: int
     lessons_per_step = 8
-    learning_rate = 5e-5
+    learning_rate = 2e-4
     max_completion_length: int
     reward = staticmethod(reasoning_gym_reward)
     sample = staticmethod(sample)
@@ -171,8 +172,8 @@ class Slips(Ladder):
 
 class Ways(Ladder):
     """
-    Sums of 2 to 6 numbers of two digits. `42 - 25 + 73 =` is answered at once, `90`, or with running totals, one per
-    line, and then the answer: `42`, `17`, `90`, `Answer: 90`. Every other lesson teaches which of the two to begin
+    Sums of 2 to 6 numbers of two digits. `42 + 25 + 73 =` is answered at once, `140`, or with running totals, one per
+    line, and then the answer: `42`, `67`, `140`, `Answer: 140`. Every other lesson teaches which of the two to begin
     with, and how to end; the others how totals go on, once the first is there.
     """
 
@@ -180,22 +181,20 @@ class Ways(Ladder):
     task = "chain_sum"
     levels = ("2", "3", "4", "5", "6")
     taught = ("2", "3", "4")
-    steps = 80
-    max_completion_length = 36
+    steps = 200
+    max_completion_length = 32
     share_of_totals = 1 / 20
 
     def settings(self, level):
         return {"min_terms": int(level), "max_terms": int(level), "min_digits": 2, "max_digits": 2}
 
     def question(self, entry):
-        return f"{entry['metadata']['expression']} ="
+        expression = entry["metadata"]["expression"]
+        return None if "-" in expression else f"{expression} ="
 
     def lesson(self, entry, rng):
-        first, *rest = entry["metadata"]["expression"].split()
-        totals = [int(first)]
-        for sign, number in zip(rest[::2], rest[1::2], strict=True):
-            totals.append(totals[-1] + int(sign + number))
-        written = "\n".join(map(str, totals[1:])) + f"\nAnswer: {totals[-1]}"
+        first, *totals = accumulate(int(number) for number in entry["metadata"]["expression"].split(" + "))
+        written = "\n".join(map(str, totals)) + f"\nAnswer: {totals[-1]}"
         if rng.random() < 0.5:
             return f"{first}\n", written
         return "", f"{first}\n{written}" if rng.random() < self.share_of_totals else str(totals[-1])

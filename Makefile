@@ -9,7 +9,8 @@ OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := outputs/quickstart$(OF_SEED)
 BASE := outputs/quickstart-base$(OF_SEED)
 
-.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare benchmark gpu-check push
+.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare real-model real-model-base \
+  real-model-tuning benchmark gpu-check push
 
 install: .venv/installed
 
@@ -91,6 +92,27 @@ quickstart: install
 quickstart-compare: quickstart
 	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml $(OF_BASE) --output_dir $(RUN)-grpo
 	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
+
+# A pretrained model on problems of reasoning-gym: made, warmed up, and trained by every method of its study, two runs at
+# a time. What is there is not made again, and a run that was killed goes on from its checkpoint.
+real-model real-model-base real-model-tuning: export OMP_NUM_THREADS := 1
+REAL_MODEL := outputs/real-model
+
+real-model: real-model-base
+	$(BIN)/python -m benchmarks.study.run --config benchmarks/study/real_model.yaml --output_dir $(REAL_MODEL) \
+	  --processes 2
+
+# The learning rates that the study declares.
+real-model-tuning: real-model-base
+	$(BIN)/python -m benchmarks.study.run --config benchmarks/study/real_model_tuning.yaml \
+	  --output_dir $(REAL_MODEL)-tuning --first_seed 100 --processes 2
+
+real-model-base: .venv/real-model
+	$(BIN)/python -m recipes.SmolLM2-135M.prepare
+
+.venv/real-model: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[reasoning_gym]' 'gguf>=0.19'
+	touch $@
 
 # A finished run to the Hub, or the rest of one that was interrupted: make push MODEL=outputs/e3 [REPO=me/my-model].
 # EVALUATION=outputs/evaluation puts the results of `e3-trl evaluate` on the card.

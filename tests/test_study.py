@@ -66,7 +66,8 @@ def test_what_replay_foretells_is_set_beside_what_runs_had(tmp_path):
                 (first, right), (second, others) = budgets[2 * step : 2 * step + 2]
                 names = ("prompt_id", "rollouts", "correct", "tokens")
                 columns = map(np.array, ([0, 1], [first, second], [right, others], [1, 1]))
-                log.append(step + 1, dict(zip(names, columns, strict=True)), np.full(2, 0.5), np.ones(2))
+                difficulty = np.full(2, 0.5 if step else np.nan)
+                log.append((step + 1, step, step), dict(zip(names, columns, strict=True)), difficulty, np.ones(2))
     output = tmp_path / "foretell.json"
     foretell.main(foretell.Arguments(study_dir=str(tmp_path), output=str(output)))
     (found,) = json.loads(output.read_text()).values()

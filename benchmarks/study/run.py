@@ -4,15 +4,18 @@ Train every method of the study on every task and seed, each run from a base mod
     python -m benchmarks.study.run [--output_dir outputs/study] [--tasks rules] [--methods grpo e3] [--seeds 2]
 
 A run that is done is a JSON file in the output folder, written whole or not at all: the same command goes on where a
-killed one stopped. As many runs at a time as there are free cores. Then `python -m benchmarks.study.report`.
+killed one stopped, a run that saves checkpoints at its last. As many runs at a time as there are free cores. Then
+`python -m benchmarks.study.report`.
 """
 
 import contextlib
 import json
+import math
 import os
-import time
+import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from transformers import HfArgumentParser
 
 
 STUDY = Path(__file__).parent / "study.yaml"
+NUM_EXAMPLES = 2
 NUM_SAMPLES = 64  # of a held-out problem, at temperature 1 and at the run's last temperature
 MANY_SAMPLES = 256  # of the methods that the study names for it, at temperature 1
 
@@ -92,14 +96,32 @@ def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job], list[J
     return bases, sorted(runs, key=lambda job: job.seed), many
 
 
-def count_correct(
+def measure(
     folder: Path, task, problems: list[dict], temperature: float, num_samples: int = NUM_SAMPLES
-) -> list[int]:
-    """Right answers among `num_samples` samples of each problem."""
+) -> dict[str, list]:
+    """
+    `correct`, right answers among `num_samples` samples of each problem; of a task with two ways `written_out`, those
+    of the longer way, and `examples`, the first completions of the first problem of each level.
+    """
     from recipes.quickstart.report import sample
 
-    texts = sample(folder, problems, num_samples, temperature, task.max_completion_length)
-    return [int(sum(task.reward(of_one, [problem["answer"]] * num_samples))) for problem, of_one in texts]
+    sample = getattr(task, "sample", sample)
+    samples = sample(folder, problems, num_samples, temperature, task.max_completion_length)
+    columns = [name for name in problems[0] if name != "prompt"]
+    result = {
+        "correct": [
+            int(sum(task.reward(texts, **{name: [problem[name]] * num_samples for name in columns})))
+            for problem, texts in samples
+        ]
+    }
+    if hasattr(task, "writes_it_out"):
+        result["written_out"] = [sum(map(task.writes_it_out, texts)) for _, texts in samples]
+        first = {problem["level"]: (problem, texts[:NUM_EXAMPLES]) for problem, texts in reversed(samples)}
+        result["examples"] = [
+            {"prompt": problem["prompt"], "solution": problem["solution"], "completions": texts}
+            for problem, texts in first.values()
+        ]
+    return result
 
 
 def run_job(job: Job) -> Job:
@@ -121,41 +143,45 @@ def run_job(job: Job) -> Job:
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         set_seed(job.seed)
         if job.method is None and not job.is_sampling:
-            make_base(task, base, job.seed, of_task["steps"], of_task["problems"])
+            make_base = getattr(task, "make_base", partial(make_base, task))
+            make_base(base, job.seed, of_task["steps"], of_task["problems"])
         test = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
         if job.is_sampling:
             model = job.folder / (job.method or "base")
-            result = {"correct": count_correct(model, task, test, 1.0, MANY_SAMPLES)}
+            result = {"correct": measure(model, task, test, 1.0, MANY_SAMPLES)["correct"]}
         elif job.method is None:
-            result = {"correct": count_correct(base, task, test, 1.0)}
-            result |= {name: [row[name] for row in test] for name in ("level", "family")}
+            result = measure(base, task, test, 1.0)
+            result |= {name: [row[name] for row in test] for name in ("level", "family") if name in test[0]}
         else:
-            result = train(job, task, base, test, {**study["settings"], **study["methods"][job.method]})
+            settings = study["settings"] | of_task.get("settings", {}) | study["methods"][job.method]
+            result = train(job, task, base, test, settings, study.get("own_temperature", True))
     write_json(job.result, result)
+    if job.method and not job.is_sampling:  # a checkpoint is three times the model, and nobody goes on from it now
+        for checkpoint in (job.folder / job.method).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     return job
 
 
-def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
-    """Train, and measure on problems that were not trained on."""
+def train(job: Job, task, base: Path, test: list[dict], settings: dict, own_temperature: bool) -> dict:
+    """
+    Train, and measure on problems that were not trained on: at temperature 1, and with `own_temperature` at the run's
+    last one too.
+    """
     from datasets import load_dataset
     from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
 
     from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
 
     folder = job.folder / job.method
-    config = E3GRPOConfig(
-        output_dir=str(folder),
-        seed=job.seed,
-        max_completion_length=task.max_completion_length,
-        **settings,
-    )
+    own = {"output_dir": str(folder), "seed": job.seed, "max_completion_length": task.max_completion_length}
+    config = E3GRPOConfig(**own | settings)
     data = {name: str(base / f"{name}.jsonl") for name in ("train", "test")}
     data = load_dataset("json", data_files=data)
     trainer = E3GRPOTrainer(str(base), task.reward, config, data["train"], data["test"])
     trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    saves = config.save_strategy != "no" and folder.is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if saves else None)
     trainer.save_model(str(folder))
 
     log = [entry for entry in trainer.state.log_history if "entropy" in entry]
@@ -164,14 +190,15 @@ def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
     for row in read_rollouts(folder):
         rollouts[row["step"]] += row["rollouts"]
         tokens[row["step"]] += row["tokens"]
-    at_one = count_correct(folder, task, test, 1.0)
+    result = measure(folder, task, test, 1.0)
     temperature = trainer.temperature
+    if own_temperature:
+        at_own = result if temperature == 1 else measure(folder, task, test, temperature)
+        result["correct_at_own_temperature"] = at_own["correct"]
     names = ("entropy", "target_entropy", "temperature", "rollouts/all_wrong", "rollouts/all_correct", "reward")
-    return {
-        "correct": at_one,
-        "correct_at_own_temperature": at_one if temperature == 1 else count_correct(folder, task, test, temperature),
+    return result | {
         "last_temperature": temperature,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(entry["step_time"] for entry in log), 1),
         "rollouts": rollouts,
         "tokens": tokens,
         "evaluated_at": [entry["step"] for entry in evaluations],
@@ -181,11 +208,18 @@ def train(job: Job, task, base: Path, test: list[dict], settings: dict) -> dict:
 
 
 def main(args: Arguments) -> None:
-    bases, runs, many = all_jobs(args, read_study(args.config))
+    study = read_study(args.config)
+    bases, runs, many = all_jobs(args, study)
     processes = args.processes or len(os.sched_getaffinity(0))
     for name, jobs in (("base models", bases), ("runs", runs), (f"times {MANY_SAMPLES} samples", many)):
         left = [job for job in jobs if not job.result.exists()]
-        print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. The bar says how long it will take.")
+        minutes = study.get("minutes", {}).get(name)
+        if minutes and left:
+            hours = minutes * math.ceil(len(left) / processes) / 60
+            estimate = f"About {hours:.1f} h, at {minutes} minutes each on a free core."
+        else:
+            estimate = "The bar says how long it will take."
+        print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. {estimate}", flush=True)
         # Processes of their own, started anew: torch does not survive a fork.
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             done = as_completed([pool.submit(run_job, job) for job in left])

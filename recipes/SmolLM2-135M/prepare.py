@@ -8,12 +8,14 @@ What is there is not made again.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from e3_trl.runs.report import write_json
@@ -43,7 +45,7 @@ class Arguments:
 
 
 def warm_up(ladder: Ladder, pretrained: Path, folder: Path, steps: int) -> None:
-    """Supervised training on the lessons of a ladder, in their order."""
+    """Supervised training on the lessons of a ladder, in their order; from a checkpoint, if one was killed."""
     set_seed(0)
     config = SFTConfig(
         output_dir=str(folder),
@@ -55,7 +57,8 @@ def warm_up(ladder: Ladder, pretrained: Path, folder: Path, steps: int) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=5,
         logging_steps=5,
-        save_strategy="no",
+        save_steps=20,
+        save_total_limit=1,
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -70,9 +73,12 @@ def warm_up(ladder: Ladder, pretrained: Path, folder: Path, steps: int) -> None:
         learned = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         rows["input_ids"].append(before + learned)
         rows["completion_mask"].append([0] * len(before) + [1] * len(learned))
-    SFTTrainer(model, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer).train()
+    trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # last: what is there with it is whole
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def measure(ladder: Ladder, folder: Path, per_level: int = MEASURED, num_samples: int = NUM_SAMPLES) -> dict:

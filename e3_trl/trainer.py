@@ -222,14 +222,14 @@ class E3GRPOTrainer(FastGRPOTrainer):
             self.row_temperatures.set(None)
 
     def _generate(self, prompts):
-        if self.evaluation is not None:
+        if self.evaluation is not None or self._sampling is None:
             return super()._generate(prompts)
         output = self._sampling.generate(prompts)
         self._set_row_temperatures(self._batch.of_kept(self._batch.sampled_ids)[self._batch.share])
         return output
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self.evaluation is not None:
+        if self.evaluation is not None or self._sampling is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._sampling.rewards(prompts, completions, completion_ids_list)
 

@@ -20,6 +20,7 @@ from recipes.quickstart.prepare import make_model, make_tokenizer
 
 
 pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.slow
 # The folder's name is the model's, which no import statement can say.
 ladders, prepare, pretrained, sampling = (
     importlib.import_module(f"recipes.SmolLM2-135M.{name}")

@@ -83,7 +83,8 @@ def check_data(
 def _columns(dataset: Dataset | IterableDataset | None) -> list[str] | None:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset):
         return list(dataset[0])  # a transform makes and drops columns
-    return getattr(dataset, "column_names", None)  # a stream can leave its columns open
+    # A stream can leave its columns open; what is no dataset is refused by TRL.
+    return dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
 
 
 def _check_names(columns: list[str]) -> None:

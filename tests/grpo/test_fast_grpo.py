@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import logged, make_dataset, vowel_reward
+from datasets import DatasetDict
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer, read_rollouts
@@ -236,3 +237,15 @@ def test_a_copy_of_the_arguments_keeps_its_tokens_and_the_file_has_none(make_tra
     assert copy.deepcopy(args).model_init_kwargs is not args.model_init_kwargs
     pickled = pickle.loads(pickle.dumps(args))
     assert (pickled.hub_token, pickled.model_init_kwargs) == (None, {})
+
+
+@pytest.mark.parametrize("trainer_class", [FastGRPOTrainer, E3GRPOTrainer])
+def test_what_is_no_dataset_is_refused_in_trls_words(make_trainer, trainer_class):
+    with pytest.raises(TypeError, match="train_dataset"):
+        make_trainer(trainer_class, train_dataset=DatasetDict(train=make_dataset()))
+
+
+def test_completions_may_be_asked_for_outside_of_a_batch(make_trainer):
+    trainer = make_trainer(E3GRPOTrainer)
+    prompt_ids, completion_ids, *_ = trainer._generate(["say a0:"] * 16)
+    assert len(prompt_ids) == len(completion_ids) == 16

@@ -27,7 +27,7 @@ LONG = {"max_completion_length": 20}
 
 
 # Which it is, with these limits.
-pytestmark = pytest.mark.filterwarnings("ignore:Temperature clamped")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Temperature clamped")]
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from e3_trl.rewards.worker_pool import WorkerPool
 
 
 pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.slow
 
 # A solution is no part of these problems; of three of them an example is in the metadata.
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}

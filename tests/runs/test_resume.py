@@ -119,6 +119,7 @@ def test_a_run_with_persistent_workers_goes_on_number_for_number(make_trainer, s
         assert logged(resumed, name) == logged(whole, name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_not_finished_is_passed_over(make_trainer, kill, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(output_dir="whole", **settings)

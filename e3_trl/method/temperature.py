@@ -35,9 +35,6 @@ class TemperatureSchedule:
             the temperature stays as it is.
         warmup_steps (`int`, *optional*, defaults to `1`):
             Number of batches that \\( H_{init} \\) is measured on.
-        target_fraction (`float`, *optional*, defaults to `1.0`):
-            \\( c \\): the target is \\( c H_{init} \\). Differs from the paper, where it is 1: below, entropy may fall
-            part of the way (https://huggingface.co/papers/2510.10959).
         max_steps (`int`, *optional*):
             Number of steps of the run \\( t_{max} \\). If `None`, the target is not annealed.
         annealing_start (`float`, *optional*, defaults to `0.6`):
@@ -48,6 +45,9 @@ class TemperatureSchedule:
             Lower clamp.
         temperature_max (`float`, *optional*, defaults to `2.0`):
             Upper clamp.
+        target_fraction (`float`, *optional*, defaults to `1.0`):
+            \\( c \\): the target is \\( c H_{init} \\). Differs from the paper, where it is 1: below, entropy may fall
+            part of the way (https://huggingface.co/papers/2510.10959).
 
     Attributes:
         temperature (`float`): the temperature for the next batch.
@@ -72,12 +72,12 @@ class TemperatureSchedule:
         temperature: float = 1.0,
         target_entropy: float | None = None,
         warmup_steps: int = 1,
-        target_fraction: float = 1.0,
         max_steps: int | None = None,
         annealing_start: float | None = 0.6,
         annealing_factor: float = 0.9,
         temperature_min: float = 0.1,
         temperature_max: float = 2.0,
+        target_fraction: float = 1.0,
     ):
         if vocab_size < 3:
             raise ValueError(f"vocab_size is {vocab_size}. Eq. 4 needs ln ln |V| > 0, a vocabulary of 3 or more.")

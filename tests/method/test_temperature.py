@@ -65,6 +65,12 @@ def test_target_is_the_mean_of_the_warmup():
     assert schedule.step(0.4) > 1.0
 
 
+def test_arguments_keep_their_order():
+    schedule = TemperatureSchedule(10, 1.1, 0.5, 2, 8, 0.7, 0.8, 0.2, 1.9)
+    assert (schedule.warmup_steps, schedule.max_steps, schedule.annealing_start) == (2, 8, 0.7)
+    assert (schedule.annealing_factor, schedule.temperature_min, schedule.temperature_max) == (0.8, 0.2, 1.9)
+
+
 def test_the_target_may_be_a_part_of_the_first_entropy():
     schedule = TemperatureSchedule(vocab_size=10, target_fraction=0.5, max_steps=10)
     schedule.step(0.4)

@@ -1,7 +1,6 @@
 """Sampler that repeats each prompt as often as its rollout budget says."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -107,7 +106,4 @@ class RolloutBudgetSampler(PassSampler):
         if self.budget_schedule is None:
             return np.repeat(prompts, self.mini_repeat_count)
         bounds = Bounds(self.mini_repeat_count, *self.budget_schedule.bounds(self.epoch))
-        stats = self.difficulty.stats(prompts)
-        if (chain := self.difficulty.solved_chain) is not None:
-            stats = replace(stats, partly_solved=chain.partly_solved(prompts, self.epoch))
-        return np.repeat(prompts, self.rule(stats, bounds))
+        return np.repeat(prompts, self.rule(self.difficulty.stats(prompts), bounds))

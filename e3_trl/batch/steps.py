@@ -25,7 +25,7 @@ def choose_prompts(trainer, batch: GenerationBatch) -> None:
         return
     candidates, number = batch.prompt_ids, len(batch.group_ids) // trainer.num_generations
     if trainer.args.prompt_selection == "partly_solved":
-        predicted = trainer.difficulty_tracker.solved_chain.partly_solved(candidates, trainer.passes.number)
+        predicted = trainer.difficulty_tracker.solved_chain.partly_solved(candidates)
         chosen = np.sort(np.argsort(-predicted, kind="stable")[:number])
         trainer.add_metric("partly_solved/candidates", float(predicted.mean()))
         trainer.add_metric("partly_solved/selected", float(predicted[chosen].mean()))
@@ -74,8 +74,6 @@ def count(trainer, batch: GenerationBatch) -> None:
         trainer.rollout_log.append(place, counts, *of_prompt)
     if batch.indexed:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
-        if (chain := trainer.difficulty_tracker.solved_chain) is not None:
-            chain.observe(batch.sampled_ids, correctness, trainer.passes.number)
 
 
 def shape_rewards(trainer, batch: GenerationBatch) -> None:

@@ -110,7 +110,7 @@ def budgets_by_rule(
 ) -> Iterator[np.ndarray]:
     """What a rule gives each batch, shape `(P,)`, from the rollouts of the passes before."""
     initial = starting_difficulty(batches)
-    tracker = DifficultyTracker(len(initial), initial, decay, prior)
+    tracker = DifficultyTracker(len(initial), initial, decay, prior, predicts=rule not in RULES)
     number = 0
     for batch in batches:
         if batch.number > number:

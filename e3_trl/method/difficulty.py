@@ -77,8 +77,7 @@ class DifficultyTracker:
         num_correct (`np.ndarray` of shape `(num_prompts,)`):
             How many of them are right.
         solved_chain ([`~e3_trl.method.solved_chain.SolvedChain`], *optional*):
-            What predicts which prompts will be partly solved. It is told of batches by itself, for it knows passes by
-            their number.
+            What predicts which prompts will be partly solved, from the same rollouts.
 
     Example:
 
@@ -105,7 +104,6 @@ class DifficultyTracker:
         if not 0 <= prior < np.inf:
             raise ValueError(f"prior is {prior}. Set it to 0 (none) or more.")
         self.decay, self.prior = decay, prior
-        self.solved_chain = SolvedChain(num_prompts) if predicts else None
         self.num_rollouts = np.zeros(num_prompts, dtype=np.float64)
         self.reward_sum = np.zeros(num_prompts, dtype=np.float64)
         self.num_correct = np.zeros(num_prompts, dtype=np.float64)
@@ -116,7 +114,10 @@ class DifficultyTracker:
             raise ValueError(
                 f"initial_difficulty must have shape ({num_prompts},), got {self.initial_difficulty.shape}."
             )
+        self.solved_chain: SolvedChain | None = None
         self.update()
+        if predicts:
+            self.solved_chain = SolvedChain(num_prompts)
 
     @property
     def mean_reward(self) -> np.ndarray:
@@ -140,6 +141,8 @@ class DifficultyTracker:
         np.add.at(self.num_rollouts, prompt_ids_N[scored_N], 1)
         np.add.at(self.reward_sum, prompt_ids_N[scored_N], rewards_N[scored_N])
         np.add.at(self.num_correct, prompt_ids_N[scored_N], rewards_N[scored_N] > 0.5)
+        if self.solved_chain is not None:
+            self.solved_chain.observe(prompt_ids_N, rewards_N)
 
     def update(self) -> None:
         """Put new ranks in force: a full pass over the dataset is over."""
@@ -149,6 +152,8 @@ class DifficultyTracker:
         )
         for counts in (self.num_rollouts, self.reward_sum, self.num_correct):
             counts *= self.decay
+        if self.solved_chain is not None:
+            self.solved_chain.begin_pass()
         self._note_mean()
         # Cumulative means take few values: ranking these is several times faster than ranking a million prompts.
         value_P, means = pd.factorize(mean_reward)  # the code of NaN is -1, the last entry of `tie` and of `rank`
@@ -166,7 +171,8 @@ class DifficultyTracker:
     def stats(self, prompt_ids: np.ndarray) -> PromptStats:
         """What a budget rule gets of these prompts, of shape `(B,)`."""
         columns = (values[prompt_ids] for values in (self.difficulty, self.success_rate, self.num_rollouts))
-        return PromptStats(*columns, mean_success_rate=self._mean_success_rate)
+        predicted = None if self.solved_chain is None else self.solved_chain.partly_solved(prompt_ids)
+        return PromptStats(*columns, mean_success_rate=self._mean_success_rate, partly_solved=predicted)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays of shape `(num_prompts,)` from which [`DifficultyTracker.load_state_dict`] goes on exactly."""

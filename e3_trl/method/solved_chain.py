@@ -26,9 +26,10 @@ class SolvedChain:
 
     ```python
     >>> chain = SolvedChain(2)
-    >>> for number in range(3):
-    ...     chain.observe([0, 0, 1, 1], [1.0, 0.0, 0.0, 0.0], number)
-    >>> chain.partly_solved([0, 1], number=3).round(2)
+    >>> for _ in range(3):
+    ...     chain.observe([0, 0, 1, 1], [1.0, 0.0, 0.0, 0.0])
+    ...     chain.begin_pass()
+    >>> chain.partly_solved([0, 1]).round(2)
     array([0.62, 0.19])
 
     ```
@@ -39,15 +40,19 @@ class SolvedChain:
         self.belief = np.full((num_prompts, 3), 1 / 3)
         self.transitions = np.ones((num_prompts, 3, 3))
         self.seen_in = np.zeros(num_prompts, dtype=np.int64)
+        self.num_passes = np.array(0)
 
-    def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray, number: int) -> None:
+    def begin_pass(self) -> None:
+        """A pass over the dataset is over."""
+        self.num_passes = self.num_passes + 1
+
+    def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray) -> None:
         """
         Note the state of the prompts of a batch.
 
         Args:
             prompt_ids (`np.ndarray` of shape `(N,)`): index of each rollout's prompt in the dataset.
             rewards (`np.ndarray` of shape `(N,)`): its correctness reward, right above 0.5, NaN = unscorable.
-            number (`int`): passes over the dataset before this one.
         """
         prompt_ids_N, rewards_N = np.asarray(prompt_ids), np.asarray(rewards, dtype=np.float64)
         is_scored_N = ~np.isnan(rewards_N)
@@ -55,7 +60,7 @@ class SolvedChain:
         right_B = np.bincount(place_N, rewards_N[is_scored_N] > 0.5, len(ids_B))
         all_B = np.bincount(place_N, minlength=len(ids_B))
         state_B = np.where(right_B == 0, UNSOLVED, np.where(right_B == all_B, SOLVED, PARTLY))
-        before_B3, rows_B = self._before(ids_B, number), np.arange(len(ids_B))
+        before_B3, rows_B = self._before(ids_B), np.arange(len(ids_B))
         # In proportion to the belief that it was in a state, and the probability of the step from there.
         probability_B33 = self._probabilities(ids_B)
         came_from_B3 = before_B3 * probability_B33[rows_B, :, state_B]
@@ -63,27 +68,21 @@ class SolvedChain:
         self.transitions[ids_B] = self.decay * self.transitions[ids_B] + (1 - self.decay)
         self.transitions[ids_B[:, None], np.arange(3), state_B[:, None]] += came_from_B3
         self.belief[ids_B] = np.eye(3)[state_B]
-        self.seen_in[ids_B] = number
+        self.seen_in[ids_B] = self.num_passes
 
-    def partly_solved(self, prompt_ids: np.ndarray, number: int) -> np.ndarray:
-        """
-        Probability that some rollouts of a prompt will be right in a pass, and some wrong; of shape `(B,)`.
-
-        Args:
-            prompt_ids (`np.ndarray` of shape `(B,)`): prompts.
-            number (`int`): passes over the dataset before this one.
-        """
+    def partly_solved(self, prompt_ids: np.ndarray) -> np.ndarray:
+        """Probability that some rollouts of a prompt will be right in this pass, and some wrong; of shape `(B,)`."""
         ids_B = np.asarray(prompt_ids)
-        return np.einsum("bi,bij->bj", self._before(ids_B, number), self._probabilities(ids_B))[:, PARTLY]
+        return np.einsum("bi,bij->bj", self._before(ids_B), self._probabilities(ids_B))[:, PARTLY]
 
     def _probabilities(self, ids_B: np.ndarray) -> np.ndarray:
         counts_B33 = self.transitions[ids_B]
         return counts_B33 / counts_B33.sum(axis=2, keepdims=True)
 
-    def _before(self, ids_B: np.ndarray, number: int) -> np.ndarray:
+    def _before(self, ids_B: np.ndarray) -> np.ndarray:
         """The belief at the end of the last pass, `(B, 3)`: moved on where a prompt was not seen there."""
         belief_B3, probability_B33 = self.belief[ids_B], self._probabilities(ids_B)
-        steps_B = number - 1 - self.seen_in[ids_B]
+        steps_B = self.num_passes - 1 - self.seen_in[ids_B]
         for step in range(max(0, steps_B.max(initial=0))):
             moved_B3 = np.einsum("bi,bij->bj", belief_B3, probability_B33)
             belief_B3 = np.where((steps_B > step)[:, None], moved_B3, belief_B3)
@@ -91,7 +90,7 @@ class SolvedChain:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays from which [`SolvedChain.load_state_dict`] goes on exactly."""
-        names = ("belief", "transitions", "seen_in")
+        names = ("belief", "transitions", "seen_in", "num_passes")
         return {name: getattr(self, name).copy() for name in names}
 
     def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:

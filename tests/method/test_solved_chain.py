@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e3_trl import DifficultyTracker, read_rollouts
+from e3_trl.commands.replay import budgets_by_rule, read_batches
 from e3_trl.method.solved_chain import PARTLY, SOLVED, UNSOLVED, SolvedChain
 
 
@@ -49,32 +50,36 @@ def test_each_prompt_follows_the_definition(passes, decay):
         seen = [prompt for prompt in (2, 0, 1) if states[prompt] is not None]
         if seen:
             rewards = [reward for prompt in seen for reward in REWARDS[states[prompt]]]
-            chain.observe(np.repeat(seen, 3), rewards, number)
+            chain.observe(np.repeat(seen, 3), rewards)
         for prompt in seen:
             references[prompt].observe(states[prompt], number)
+        chain.begin_pass()
     number = len(passes)
     expected = [(reference.move_to(number) @ reference.matrix)[PARTLY] for reference in references]
-    assert chain.partly_solved([0, 1, 2], number) == pytest.approx(expected)
+    assert chain.partly_solved([0, 1, 2]) == pytest.approx(expected)
 
 
 def test_what_was_partly_solved_is_expected_to_be_so_again_and_what_nobody_met_is_open():
     chain = SolvedChain(3)
-    for number in range(4):
-        chain.observe([0, 0, 1, 1], [1.0, 0.0, 0.0, 0.0], number)
-    partly, unsolved, never = chain.partly_solved([0, 1, 2], 4)
+    for _ in range(4):
+        chain.observe([0, 0, 1, 1], [1.0, 0.0, 0.0, 0.0])
+        chain.begin_pass()
+    partly, unsolved, never = chain.partly_solved([0, 1, 2])
     assert never == pytest.approx(1 / 3)
     assert partly > 0.6 > never > unsolved
 
 
 def test_a_tracker_keeps_it_and_one_that_begins_to_predict_goes_on():
     old = DifficultyTracker(2, predicts=True)
-    old.solved_chain.observe([0, 0], [1.0, 0.0], 0)
+    old.observe([0, 0], [1.0, 0.0])
+    old.update()
     new = DifficultyTracker(2, predicts=True)
     new.load_state_dict(old.state_dict())
-    assert new.solved_chain.partly_solved([0, 1], 1).tolist() == old.solved_chain.partly_solved([0, 1], 1).tolist()
+    assert new.stats([0, 1]).partly_solved.tolist() == old.stats([0, 1]).partly_solved.tolist()
+    assert new.solved_chain.num_passes == 1
     new = DifficultyTracker(2, predicts=True)
     new.load_state_dict(DifficultyTracker(2).state_dict())
-    assert new.solved_chain.partly_solved([0], 1) == pytest.approx(1 / 3)
+    assert new.stats([0]).partly_solved == pytest.approx(1 / 3)
     DifficultyTracker(2).load_state_dict(old.state_dict())  # and one that has stopped
 
 
@@ -125,3 +130,10 @@ def test_a_rule_of_ones_own_is_told(make_trainer):
     assert len(SEEN) >= 12
     assert all(((values > 0) & (values < 1)).all() for values in SEEN)
     assert len({tuple(values) for values in SEEN}) > 3
+    in_training = [values.tolist() for values in SEEN]
+    SEEN.clear()
+    batches = read_batches(trainer.args.output_dir)
+    rule, schedule = trainer.args.rollout_allocation, trainer.args.make_budget_schedule()
+    budgets = [budget.tolist() for budget in budgets_by_rule(batches, rule, schedule)]
+    assert budgets == [batch.rollouts.tolist() for batch in batches], "replay tells it the same"
+    assert [values.tolist() for values in SEEN] == in_training[: len(SEEN)]

@@ -202,7 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", help="for learning: a folder with train.jsonl and test.jsonl; the model's if left out"
     )
     parser.add_argument(
-        "--reward", help="for learning: dotted path of a reward function; the quickstart's if left out"
+        "--reward",
+        help="for learning: a reward function, as in recipes; with --model reasoning_gym_reward if left out",
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that a part has; more for a slower GPU")
     parser.add_argument("--folder", help="for models and runs; a temporary one if left out")

@@ -36,7 +36,8 @@ def measure(case: Case) -> None:
     problems = {
         split: data[split].shuffle(seed=0).select(range(min(size, len(data[split])))) for split, size in sizes.items()
     }
-    reward = load_reward_func("recipes.quickstart.task.answer_reward" if is_quickstart else case.reward)
+    own = "recipes.quickstart.task.answer_reward" if is_quickstart else "reasoning_gym_reward"
+    reward = load_reward_func(case.reward or own)
     vllm_generation.LLM = partial(one_engine, cache(vllm_generation.LLM))
     before = {}
     for name, (trainer_class, config_class) in TRAINERS.items():

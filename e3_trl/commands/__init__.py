@@ -39,6 +39,17 @@ def mistakes_named(has_begun: Callable[[], bool] = lambda: False) -> Iterator[No
         sys.exit(f"{of_rank}{type(error).__name__}: {error}\n(E3_TRACEBACK=1 shows where.)")
 
 
+def read_config(arguments: list[str] | None) -> tuple[object, list[str]]:
+    """What the YAML file that `--config` names holds, `{}` if it names none, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    own, rest = parser.parse_known_args(arguments)
+    if own.config is None:
+        return {}, rest
+    with open(own.config) as file:  # whose name is in the message if it is no YAML
+        return yaml.safe_load(file), rest
+
+
 def parse_settings(parser, arguments: list[str] | None, of: str, elsewhere: dict[str, str] | None = None) -> tuple:
     """
     What `parser.parse_args_and_config` returns.
@@ -53,13 +64,7 @@ def parse_settings(parser, arguments: list[str] | None, of: str, elsewhere: dict
         `ValueError`: if the configuration or the command line has a name that is no setting, with what may be meant.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config, rest = config_parser.parse_known_args(arguments)
-    settings = {}
-    if config.config is not None:
-        with open(config.config) as file:
-            settings = yaml.safe_load(file)
+    settings, rest = read_config(arguments)
     known = [field.name for owner in parser.dataclass_types for field in fields(owner) if field.init]
     named = list(settings) if isinstance(settings, dict) else []  # if not, the parser says so
     named += [one.partition("=")[0] for one in parser.parse_known_args(rest)[1] if one.startswith("--")]

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
@@ -30,7 +29,7 @@ from ..rewards import REWARD_FUNCS, load_reward_func
 from ..rewards.reasoning_gym import is_reasoning_gym, load_splits
 from ..runs.publishing import check_hub_access, publish
 from ..runs.run_folder import FIGURES
-from . import mistakes_named, parse_settings
+from . import mistakes_named, parse_settings, read_config
 from .models import check_model
 
 
@@ -245,14 +244,11 @@ def choose_trainer(arguments: list[str] | None) -> str:
         `ValueError`: if there is none of that name, or the recipe has a setting that is gone.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "trainer", *GONE):
+    for name in ("trainer", *GONE):
         parser.add_argument(f"--{name}")
-    settings = {
-        name: value for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value is not None
-    }
-    if "config" in settings:
-        with open(settings["config"]) as file:  # whose name is in the message if it is no YAML
-            settings = (yaml.safe_load(file) or {}) | settings
+    recipe, rest = read_config(arguments)
+    given = vars(parser.parse_known_args(rest)[0])
+    settings = (recipe or {}) | {name: value for name, value in given.items() if value is not None}
     for name in GONE.keys() & settings:
         raise ValueError(f"{name} is {settings[name]}, a setting that is gone. {GONE[name]}.")
     trainer = settings.get("trainer", "e3")

@@ -8,10 +8,9 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # of httpx in version 1, of httpx2 in 2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
@@ -50,7 +49,7 @@ def from_hub() -> str | None:
     try:
         # One question with a limit of its own: a download asks five times, for half a minute.
         HfApi().model_info(HUB_NAME, timeout=SECONDS_FOR_HUB)
-    except (OSError, httpx.HTTPError):
+    except (OSError, HTTPError):
         return None
     return snapshot_download(HUB_NAME, allow_patterns=patterns)
 

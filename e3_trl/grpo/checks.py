@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl.trainer.utils import get_callable_name
 
@@ -127,7 +128,7 @@ class EngineCheckCallback(TrainerCallback):
         datasets (`list`): what it trains and evaluates on.
 
     Raises:
-        `ValueError`: see [`check_colocated_vllm`].
+        `ValueError`: see [`check_tied_embeddings`] and [`check_colocated_vllm`].
     """
 
     def __init__(self, trainer, datasets: list):
@@ -138,6 +139,7 @@ class EngineCheckCallback(TrainerCallback):
         if not (args.use_vllm and args.vllm_mode == "colocate"):
             return
         trainer = self.trainer
+        check_tied_embeddings(trainer.model)
         longest = 0
         # Image and environment prompts get their final length later.
         if not trainer._is_vlm and trainer.environment_factories is None:
@@ -148,6 +150,23 @@ class EngineCheckCallback(TrainerCallback):
         longest = max(gather_object([longest]))  # no rank starts an engine where another cannot
         context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
         check_colocated_vllm(args, longest, context)
+
+
+def check_tied_embeddings(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Raise `ValueError` if an adapter trains the embedding, or the LM head, of a model that has one tensor for both:
+    vLLM has one, too, and would sample from another policy.
+    """
+    if not (isinstance(model, PeftModel) and model.config.tie_word_embeddings):
+        return
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    is_trained = any(parameter.requires_grad for end in ends for parameter in end.parameters())
+    if is_trained and not getattr(model.active_peft_config, "ensure_weight_tying", False):
+        raise ValueError(
+            "peft_config trains the embedding or the LM head (target_modules, modules_to_save), and the model has "
+            "tie_word_embeddings, one tensor for both, which vLLM keeps. Leave them out, or list embed_tokens in "
+            "modules_to_save and set ensure_weight_tying."
+        )
 
 
 def check_colocated_vllm(args, longest_prompt: int, context: int | None) -> None:

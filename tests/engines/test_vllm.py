@@ -458,6 +458,18 @@ def no_engine(monkeypatch):
     monkeypatch.setattr(vllm_generation, "LLM", start)
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+)
+def test_an_adapter_on_one_half_of_a_tied_pair_is_refused(tmp_path, no_engine, lora):
+    """vLLM has one tensor for both: off by 0.05 to 0.5 after eight steps."""
+    path = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    lora = {"target_modules": "all-linear", "r": 4} | lora
+    with pytest.raises(ValueError, match="has tie_word_embeddings, one tensor for both.*set ensure_weight_tying"):
+        build_trainer(path, tmp_path / "run", **VLLM, peft_config=LoraConfig(**lora))
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_length_too_short_for_the_longest_prompt(make_trainer, no_engine, chat):
     prompts = ["a" * 9, "a" * 57, "a" * 8, "a" * 7]

@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import string
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterC
 from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer
+from e3_trl.batch import steps
 
 
 # On a model this small a second thread costs more than it brings, and on a busy machine a hundred times more.
@@ -195,6 +197,20 @@ def make_trainer(model_path, tmp_path):
         return build_trainer(model_path, tmp_path / output_dir, *args, **overrides)
 
     return make
+
+
+@contextmanager
+def batches_after(step: str):
+    """Inside, the generation batches of every training, as the step of this name has left them."""
+    batches, do = [], getattr(steps, step)
+
+    def spy(trainer, batch):
+        do(trainer, batch)
+        batches.append(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, step, spy)
+        yield batches
 
 
 def trained_rows(window: list[dict]) -> list[dict]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_trainer, logged, make_dataset, vowel_reward
+from conftest import batches_after, build_trainer, logged, make_dataset, vowel_reward
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from e3_trl.batch import steps
 from e3_trl.grpo.reward_errors import RewardError
 from e3_trl.method.temperature import spread_temperatures
 
@@ -140,15 +139,9 @@ def test_what_holds_of_every_run_holds_of_two_options_at_once(model_path, tmp_pa
 
     def run(resume=None):
         trainer = build_trainer(model_path, tmp_path_factory.mktemp("run"), **options)
-        compute = steps.compute_advantages
-
-        def spy(trainer, batch):
-            compute(trainer, batch)
-            batches_of_run.append(batch)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps, "compute_advantages", spy)
+        with batches_after("compute_advantages") as batches:
             trainer.train(resume_from_checkpoint=resume)
+        batches_of_run.extend(batches)
         return trainer
 
     try:

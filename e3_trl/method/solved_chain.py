@@ -40,11 +40,11 @@ class SolvedChain:
         self.belief = np.full((num_prompts, 3), 1 / 3)
         self.transitions = np.ones((num_prompts, 3, 3))
         self.seen_in = np.zeros(num_prompts, dtype=np.int64)
-        self.num_passes = np.array(0)
+        self.num_passes = 0
 
     def begin_pass(self) -> None:
         """A pass over the dataset is over."""
-        self.num_passes = self.num_passes + 1
+        self.num_passes += 1
 
     def observe(self, prompt_ids: np.ndarray, rewards: np.ndarray) -> None:
         """
@@ -88,12 +88,13 @@ class SolvedChain:
             belief_B3 = np.where((steps_B > step)[:, None], moved_B3, belief_B3)
         return belief_B3
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Arrays from which [`SolvedChain.load_state_dict`] goes on exactly."""
-        names = ("belief", "transitions", "seen_in", "num_passes")
-        return {name: getattr(self, name).copy() for name in names}
+    def state_dict(self) -> dict[str, np.ndarray | int]:
+        """What [`SolvedChain.load_state_dict`] goes on from exactly."""
+        arrays = {name: getattr(self, name).copy() for name in ("belief", "transitions", "seen_in")}
+        return arrays | {"num_passes": self.num_passes}
 
-    def load_state_dict(self, state_dict: dict[str, np.ndarray]) -> None:
+    def load_state_dict(self, state_dict: dict[str, np.ndarray | int]) -> None:
         """Restore what [`SolvedChain.state_dict`] returned."""
-        for name, current in self.state_dict().items():
-            setattr(self, name, np.array(state_dict[name], dtype=current.dtype))
+        for name in ("belief", "transitions", "seen_in"):
+            setattr(self, name, np.array(state_dict[name]))
+        self.num_passes = state_dict["num_passes"]

@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import length_reward, logged, vowel_reward
+from conftest import batches_after, length_reward, logged, vowel_reward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3_trl import group_advantages
-from e3_trl.batch import steps
 from e3_trl.method.advantages import aggregate_advantages
 from e3_trl.method.length_bias import length_bias
 
@@ -165,14 +164,7 @@ def test_divided_by_the_mean_the_unit_of_a_reward_does_not_matter(rows, unit):
 def test_divided_by_the_mean_in_training(make_trainer):
     """Of two functions the weighted sum counts, and metrics of the deviation stay what they were."""
     settings = {"reward_funcs": [vowel_reward, length_reward], "reward_weights": [1.0, 0.5], "scale_rewards": "group"}
-    batches, compute = [], steps.compute_advantages
-
-    def spy(trainer, batch):
-        compute(trainer, batch)
-        batches.append(batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "compute_advantages", spy)
+    with batches_after("compute_advantages") as batches:
         trainer = make_trainer(advantage_scale="mean", max_steps=6, **settings)
         trainer.train()
     for batch in batches:
@@ -250,14 +242,7 @@ def test_length_bias_is_a_part_of_the_reward(make_trainer, worth):
         scale_rewards="none",
         max_steps=8,
     )
-    batches, shape = [], steps.shape_rewards
-
-    def spy(trainer, batch):
-        shape(trainer, batch)
-        batches.append(batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "shape_rewards", spy)
+    with batches_after("shape_rewards") as batches:
         trainer.train()
     moved = 0
     for number, batch in enumerate(batches):

@@ -137,3 +137,14 @@ def test_a_rule_of_ones_own_is_told(make_trainer):
     budgets = [budget.tolist() for budget in budgets_by_rule(batches, rule, schedule)]
     assert budgets == [batch.rollouts.tolist() for batch in batches], "replay tells it the same"
     assert [values.tolist() for values in SEEN] == in_training[: len(SEEN)]
+
+
+def test_a_run_that_goes_on_chooses_the_same_prompts(make_trainer):
+    settings = {"prompt_selection_ratio": 0.5, "prompt_selection": "partly_solved", "save_strategy": "steps"}
+    whole = make_trainer(save_steps=5, **settings)
+    whole.train()
+    resumed = make_trainer(save_steps=20, **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5")
+    assert resumed.difficulty_tracker.solved_chain.num_passes == whole.passes.number > 1
+    for name in ("partly_solved/candidates", "partly_solved/selected", "loss", "reward"):
+        assert logged(resumed, name) == logged(whole, name), name

@@ -388,6 +388,7 @@ def test_rewards_that_a_subclass_makes_without_super_are_named(make_trainer):
 
 
 @pytest.mark.parametrize(("accumulation", "per_generation"), [(3, 4), (4, 3), (3, 2), (2, 5)])
+@pytest.mark.slow
 def test_the_temperature_follows_each_generation_batch_where_steps_do_not_line_up(
     make_trainer, accumulation, per_generation
 ):

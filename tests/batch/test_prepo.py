@@ -174,6 +174,7 @@ def test_weights_multiply_advantages(make_trainer, settings):
     assert plain["advantages"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_chooses_the_same_prompts(make_trainer):
     settings = SELECTION | {"entropy_weighting": True, "save_strategy": "steps", "save_steps": 5}
     settings["learning_rate"] = 1e-3

@@ -195,6 +195,7 @@ def test_the_card_names_the_splits_and_the_trainer_takes_them(settings, model_pa
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_ends_alike(settings, monkeypatch):
     whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
     main(PreparationArguments(**whole))
@@ -269,6 +270,7 @@ def test_a_given_count_takes_the_place_of_sampling(settings, tmp_path, monkeypat
     # The template's "user:" is of one-character tokens; 6,000 / 2,048 characters for each of 40 tokens are 117.
     [(True, "40 tokens", 40 - len("user:")), (False, "117 characters", 117)],
 )
+@pytest.mark.slow
 def test_prompts_that_are_too_long_are_not_sampled_and_are_counted(
     settings, model_path, tmp_path, capsys, named, limit, longest
 ):

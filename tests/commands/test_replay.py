@@ -77,6 +77,7 @@ def test_it_gives_the_budgets_that_the_run_had(make_trainer):
         assert batch.rollouts.tolist() == budgets.tolist()
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_drawn_twice_in_a_pass_begins_no_other_one(make_trainer):
     """Dynamic sampling draws among all prompts, those to come in the same pass among them."""
     trainer = make_trainer(dynamic_sampling=True, reward_funcs=uneven_reward, max_resample_rounds=3)

@@ -152,6 +152,7 @@ def generate_batch(model, prompt_ids, generation_config, **kwargs) -> dict:
 
 
 @pytest.mark.parametrize("trainer_class", [FastGRPOTrainer, E3GRPOTrainer])
+@pytest.mark.slow
 def test_an_evaluation_with_continuous_batching_is_no_training(make_trainer, trainer_class):
     """TRL sets the model to training after each call, and then took the further batches of an evaluation for it."""
     sampled = []

@@ -417,6 +417,7 @@ def test_each_row_goes_forward_once_where_the_policy_has_not_changed(model_path,
 
 
 @pytest.mark.parametrize("policy", ["rows", "tokens"])
+@pytest.mark.slow
 def test_a_run_resumed_inside_a_window_goes_on_with_the_rows_that_were_left_out(model_path, tmp_path, policy):
     settings = {
         "per_device_train_batch_size": 4,

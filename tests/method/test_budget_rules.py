@@ -267,6 +267,7 @@ def test_the_rest_of_a_group_follows_its_pilot(make_trainer):
 
 
 @pytest.mark.parametrize("reward", [vowel_reward, length_reward], ids=["0, 1", "continuous"])
+@pytest.mark.slow
 def test_four_rounds_follow_the_variance_of_rewards(make_trainer, reward):
     """Total and bounds as ever; each round is for half as many prompts, and no row is left out."""
     trainer = make_trainer(

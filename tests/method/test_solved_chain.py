@@ -89,6 +89,7 @@ def partly_solved_reward(completions, threshold, **kwargs):
 
 
 @pytest.mark.parametrize("num_prompts", [16, 32])
+@pytest.mark.slow
 def test_those_that_were_partly_solved_are_chosen(make_trainer, num_prompts):
     """A quarter of the prompts is; once known, the choice among four times as many finds it."""
     trainer = make_trainer(
@@ -139,6 +140,7 @@ def test_a_rule_of_ones_own_is_told(make_trainer):
     assert [values.tolist() for values in SEEN] == in_training[: len(SEEN)]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_chooses_the_same_prompts(make_trainer):
     settings = {"prompt_selection_ratio": 0.5, "prompt_selection": "partly_solved", "save_strategy": "steps"}
     whole = make_trainer(save_steps=5, **settings)

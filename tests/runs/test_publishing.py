@@ -289,6 +289,7 @@ def test_a_token_that_will_not_do_is_named(hub, here, folder, token, remedy):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_second_push_completes_a_first_that_failed(hub, here, folder, failure, message):
     hub.failures = [failure]
     with pytest.raises(HubError, match=message):

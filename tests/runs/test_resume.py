@@ -261,6 +261,7 @@ def test_a_stream_resumes_its_temperature_and_target(make_trainer):
         assert logged(resumed, name) == logged(whole, name)
 
 
+@pytest.mark.slow
 def test_a_temperature_that_was_set_and_a_schedule_of_ones_own_are_restored(make_trainer):
     settings = {"temperature_schedule": "constant", "save_strategy": "steps", "save_steps": 6}
     whole = make_trainer(output_dir="whole", max_steps=6, **settings)
@@ -295,6 +296,7 @@ def steps_of(folder) -> list[int]:
     return sorted(int(path.name.split("-")[-1]) for path in folder.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
     """Resuming once took the highest step, whosever it was; and `save_total_limit` deleted the new run's."""
     settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
@@ -399,6 +401,7 @@ def test_a_clock_that_goes_back_deletes_no_newest_checkpoint(make_trainer, monke
 
 
 @pytest.mark.parametrize("limit", [500, 50_000, 150_000], ids=["plain", "safetensors", "torch"])
+@pytest.mark.slow
 def test_a_checkpoint_that_the_disk_does_not_hold(make_trainer, limit):
     """No file may get longer: the first one, the model's, or with more room the optimizer's, is not written whole."""
 
@@ -463,6 +466,7 @@ def test_times_that_cannot_be_set_stop_no_run(make_trainer, monkeypatch):
     os.utime.assert_called_once()  # these checkpoints are less than a second apart
 
 
+@pytest.mark.slow
 def test_a_run_that_is_terminated_saves_and_goes_on(make_trainer):
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -745,6 +749,7 @@ with held(sys.argv[1], True):
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_moves_nothing(make_trainer, tmp_path):
     """It moved the living run's checkpoints and rollouts aside, and both wrote one rollouts.jsonl."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -113,6 +113,7 @@ def test_the_whole_of_it_composes(make_trainer):
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0, abs=10)
 
 
+@pytest.mark.slow
 def test_all_of_the_prompts_is_the_trainer_without_it(make_trainer):
     histories = []
     for name, settings in {"without": {}, "with": {"prompt_selection_ratio": 1.0}}.items():

@@ -311,6 +311,7 @@ def test_half_a_row_is_made_anew(tmp_path):
     assert calls[:3] == [[0, 1], [2, 3], [4]]
 
 
+@pytest.mark.slow
 def test_a_problem_is_answered_alike_beside_others(settings):
     main(EvaluationArguments(**settings | {"chunk_size": 3}))
     all_rows = read_rows(run_folder(settings) / "completions.jsonl")
@@ -359,6 +360,7 @@ def test_samples_are_of_the_model_at_the_temperature(model_path, tmp_path):
         ({"num_samples": 2}, "num_samples 4, and it is 2"),
     ],
 )
+@pytest.mark.slow
 def test_other_settings_do_not_go_on(settings, change, message):
     main(EvaluationArguments(**settings))
     with pytest.raises(ValueError, match=message):
@@ -375,6 +377,7 @@ def test_a_corrected_answer_is_scored_and_not_sampled_again(settings, generated)
     assert generated == []
 
 
+@pytest.mark.slow
 def test_another_model_in_the_same_folder_is_not_taken_for_the_first(settings, model_path, tmp_path):
     settings["model_name_or_path"] = [str(shutil.copytree(model_path, tmp_path / "trained"))]
     main(EvaluationArguments(**settings))

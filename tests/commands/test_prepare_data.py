@@ -127,6 +127,7 @@ problem_frames = st.lists(
 
 @hypothesis.settings(deadline=None)
 @given(problem_frames, st.sets(st.integers(0, 30)), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9))
+@pytest.mark.slow
 def test_parts_are_disjoint_whole_and_balanced(raw, test, per_source, most_solved, most_failed):
     test_prompts = [f"PROBLEM $x{number}$" for number in test]
     args = PreparationArguments(
@@ -178,6 +179,7 @@ def test_samples_measures_and_writes(settings, capsys):
     assert (folder / "difficulty.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_card_names_the_splits_and_the_trainer_takes_them(settings, model_path, tmp_path):
     main(PreparationArguments(**settings))
     assert set(get_dataset_split_names(settings["output_dir"])) == {"train", "validation"}
@@ -332,6 +334,7 @@ def reads_level(completions, solution, level, **kwargs):
     return [float(number) for number in level]
 
 
+@pytest.mark.slow
 def test_the_columns_that_the_reward_function_names_are_kept(settings, tmp_path):
     """Training asks for them too."""
     rows = [{**problem, "level": index % 2, "other": 1} for index, problem in enumerate(PROBLEMS)]

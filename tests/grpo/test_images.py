@@ -84,6 +84,7 @@ def make_vlm_trainer(make_trainer, vlm_path):
     return make
 
 
+@pytest.mark.slow
 def test_losses_are_trls(make_vlm_trainer):
     uniform = {"rollout_allocation": "uniform", "temperature_schedule": "constant"}
     mine = make_vlm_trainer(**uniform)

@@ -198,6 +198,7 @@ def test_no_pushed_file_holds_a_secret(hub, here, make_trainer, tmp_path):
     assert (args.difficulty_reward_func, args.save_strategy) == ("vowel_reward", trainer.args.save_strategy)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_listed(hub, here, make_trainer, monkeypatch):
     """All files but some were pushed: with TensorBoard's, which holds all arguments, a token was."""
     trainer = make_trainer(
@@ -247,6 +248,7 @@ def test_no_token_is_noticed_before_anything_is_read(here):
         train.main(train.E3ScriptArguments(dataset_name="none.parquet"), training_args, ModelConfig("no_model"))
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_loses_nothing(hub, here, model_path, tmp_path, monkeypatch):
     # Enough for the saves, which transformers pushes in the background and without a word if that fails, and the end.
     hub.failures = 9 * [("POST", "/commit/", "drop")]

@@ -243,6 +243,7 @@ def test_a_checkpoint_without_a_runs_state_starts_with_a_warning(make_trainer, c
     assert trainer.num_generation_batches == 9
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_its_temperature_and_target(make_trainer):
     settings = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_allocation": "uniform"}
     settings |= {
@@ -327,6 +328,7 @@ def test_a_new_run_without_a_checkpoint_cannot_be_mistaken_for_the_old(make_trai
         make_trainer().train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     run = make_trainer(max_steps=8, **settings)
@@ -377,6 +379,7 @@ def test_a_checkpoint_of_deepspeed_is_not_resumed_without_it(make_trainer):
         make_trainer(max_steps=3).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_back_deletes_no_newest_checkpoint(make_trainer, monkeypatch):
     """Here it goes back by an hour after each checkpoint."""
     now, back = time.time, 0.0
@@ -578,6 +581,7 @@ STREAM = {"train_dataset": make_dataset().to_iterable_dataset(), "rollout_alloca
 @pytest.mark.parametrize(
     ("max_steps", "data"), [(8, {}), (6, {}), (6, STREAM)], ids=["at the end of a pass", "inside a pass", "stream"]
 )
+@pytest.mark.slow
 def test_a_run_resumed_after_its_end_trains_no_further_step(make_trainer, max_steps, data):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": max_steps, **data}
     run = make_trainer(**settings)
@@ -711,6 +715,7 @@ def test_a_schedule_switched_off_leaves_the_configured_temperature(make_trainer,
     assert logged(resumed, "temperature")[5] != 1.0
 
 
+@pytest.mark.slow
 def test_a_schedule_switched_on_keeps_the_runs_count(make_trainer):
     """It began at t = 0, so annealing came too late."""
     settings = {"save_strategy": "steps", "save_steps": 2}
@@ -835,6 +840,7 @@ def test_a_checkpoint_of_a_model_alone_is_refused(make_trainer):
         make_trainer(max_steps=4).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_reference_model_that_follows_the_policy_is_restored(make_trainer, tmp_path):
     """It was the first model again."""
     follows = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
@@ -868,6 +874,7 @@ def test_a_schedule_that_keeps_the_learning_rate_to_itself_refuses_another(make_
         make_trainer(**settings, learning_rate=0.5).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_and_resumed_in_one_object_logs_its_steps_once(make_trainer):
     """What the interrupted one had not logged yet was averaged into the first log after it."""
 

@@ -40,6 +40,7 @@ class Arguments:
         methods (`list[str]`): those of the study to run; none = all.
         seeds (`int`): run at most so many of a task's seeds.
         first_seed (`int`): the first of them. The results use 0 and up; what is tried out, others.
+        learning_rates (`list[float]`): run every method with each of them, without evaluations, to choose its own.
         processes (`int`): runs at a time. None = one for each free core.
     """
 
@@ -49,12 +50,16 @@ class Arguments:
     methods: list[str] = field(default_factory=list)
     seeds: int | None = None
     first_seed: int = 0
+    learning_rates: list[float] = field(default_factory=list)
     processes: int | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the study, or with `method` None the base model of a task's seed; or, later, many samples of it."""
+    """
+    One run of the study, or with `method` None the base model of a task's seed; or, later, many samples of it. A
+    `learning_rate` other than the method's own makes it a run of the tuning.
+    """
 
     config: str
     output_dir: str
@@ -62,6 +67,12 @@ class Job:
     seed: int
     method: str | None = None
     is_sampling: bool = False
+    learning_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return (self.method or "base") + (f"@{self.learning_rate}" if self.learning_rate else "")
 
     @property
     def folder(self) -> Path:
@@ -69,7 +80,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        return self.folder / ("many" if self.is_sampling else "") / f"{self.method or 'base'}.json"
+        return self.folder / ("many" if self.is_sampling else "") / f"{self.name}.json"
 
 
 def read_study(path: str) -> dict:
@@ -91,8 +102,10 @@ def all_jobs(args: Arguments, study: dict) -> tuple[list[Job], list[Job], list[J
         methods = [method for method in methods if not args.methods or method in args.methods]
         for seed in range(args.first_seed, args.first_seed + (args.seeds or of_task["seeds"])):
             bases.append(Job(args.config, args.output_dir, task, seed))
-            runs += [Job(args.config, args.output_dir, task, seed, method) for method in methods]
-    many = [replace(job, is_sampling=True) for job in bases + runs if job.method in study.get("many_samples", [])]
+            of_seed = [Job(args.config, args.output_dir, task, seed, method) for method in methods]
+            runs += [replace(job, learning_rate=rate) for job in of_seed for rate in args.learning_rates or [None]]
+    sampled_later = [] if args.learning_rates else study.get("many_samples", [])
+    many = [replace(job, is_sampling=True) for job in bases + runs if job.method in sampled_later]
     return bases, sorted(runs, key=lambda job: job.seed), many
 
 
@@ -147,17 +160,19 @@ def run_job(job: Job) -> Job:
             make_base(base, job.seed, of_task["steps"], of_task["problems"])
         test = [json.loads(line) for line in (base / "test.jsonl").read_text().splitlines()]
         if job.is_sampling:
-            model = job.folder / (job.method or "base")
+            model = job.folder / job.name
             result = {"correct": measure(model, task, test, 1.0, MANY_SAMPLES)["correct"]}
         elif job.method is None:
             result = measure(base, task, test, 1.0)
             result |= {name: [row[name] for row in test] for name in ("level", "family") if name in test[0]}
         else:
             settings = study["settings"] | of_task.get("settings", {}) | study["methods"][job.method]
+            if job.learning_rate:
+                settings |= {"learning_rate": job.learning_rate, "eval_strategy": "no"}
             result = train(job, task, base, test, settings, study.get("own_temperature", True))
     write_json(job.result, result)
     if job.method and not job.is_sampling:  # a checkpoint is three times the model, and nobody goes on from it now
-        for checkpoint in (job.folder / job.method).glob("checkpoint-*"):
+        for checkpoint in (job.folder / job.name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return job
 
@@ -173,7 +188,7 @@ def train(job: Job, task, base: Path, test: list[dict], settings: dict, own_temp
 
     from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
 
-    folder = job.folder / job.method
+    folder = job.folder / job.name
     own = {"output_dir": str(folder), "seed": job.seed, "max_completion_length": task.max_completion_length}
     config = E3GRPOConfig(**own | settings)
     data = {name: str(base / f"{name}.jsonl") for name in ("train", "test")}

@@ -2,8 +2,8 @@
 Two ladders of problems from reasoning-gym, each with rungs from what the model solves to what it hardly ever does.
 
 `Slips`: numbers to sort. There is one way to do it, and what is uncertain is whether it slips.
-`Ways`: sums of numbers of two digits. The model is taught to answer at once, and once in twenty times to write
-running totals: the rare way is the right one where the sum is long.
+`Ways`: sums of numbers of two digits. The model is taught to answer at once, and now and then to write running
+totals: the rare way is the right one where the sum is long.
 """
 
 import json
@@ -173,17 +173,20 @@ class Slips(Ladder):
 class Ways(Ladder):
     """
     Sums of 2 to 6 numbers of two digits. `42 + 25 + 73 =` is answered at once, `140`, or with running totals, one per
-    line, and then the answer: `42`, `67`, `140`, `Answer: 140`. Every other lesson teaches which of the two to begin
+    line, and then the answer: `42`, `67`, `140`, `Answer: 140`. Two of five lessons teach which of the two to begin
     with, and how to end; the others how totals go on, once the first is there.
+
+    With 200 steps, sums of up to 4 and totals in one of twenty, totals were begun in less than 1 of 100 answers, and
+    those of 5 numbers never came out right: hence more of each.
     """
 
     name = "ways"
     task = "chain_sum"
     levels = ("2", "3", "4", "5", "6")
-    taught = ("2", "3", "4")
-    steps = 200
+    taught = ("2", "3", "4", "5", "6")
+    steps = 320
     max_completion_length = 32
-    share_of_totals = 1 / 20
+    share_of_totals = 1 / 8
 
     def settings(self, level):
         return {"min_terms": int(level), "max_terms": int(level), "min_digits": 2, "max_digits": 2}
@@ -195,7 +198,7 @@ class Ways(Ladder):
     def lesson(self, entry, rng):
         first, *totals = accumulate(int(number) for number in entry["metadata"]["expression"].split(" + "))
         written = "\n".join(map(str, totals)) + f"\nAnswer: {totals[-1]}"
-        if rng.random() < 0.5:
+        if rng.random() < 0.6:
             return f"{first}\n", written
         return "", f"{first}\n{written}" if rng.random() < self.share_of_totals else str(totals[-1])
 

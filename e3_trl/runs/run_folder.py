@@ -18,6 +18,8 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 ARGS_FILE = "training_args.json"
 REPORT_FILE = "report.json"
 FIGURES = "figures"
+# It can hold what the data and the model say, so it is no part of what is published.
+PAGE_FILE = "report.html"
 # transformers pushes nothing whose name begins so.
 EARLIER = "_earlier"
 LOCK_FILE = "_run.lock"

@@ -62,7 +62,7 @@
       "what became of it",
       (row) => 10 * kinds.indexOf(row.change) - Math.abs(row.difference),
       (row) => make("span", `badge ${row.change}`, changes[row.change][0]),
-      { type: "num" },
+      { type: "num", className: "became" },
     ),
     column("first pass", (row) => rate(row.first), (row) => counted(row.first), { type: "num" }),
     column("last pass", (row) => rate(row.last), (row) => counted(row.last), { type: "num" }),
@@ -196,9 +196,9 @@
       document.getElementById("changes").replaceChildren(...buttons);
     }
 
-    function show() {
+    function show(chosen = null) {
       const run = runs[select.selectedIndex];
-      kind = null;
+      kind = chosen;
       chips(run);
       document.getElementById("limits").textContent = limitsSaid(run);
       table.clear().rows.add(rowsOf(run)).draw();
@@ -214,7 +214,13 @@
       line.classList.toggle("is-open", opens);
       line.querySelector(".opener").setAttribute("aria-expanded", String(opens));
     });
-    select.addEventListener("change", show);
+    for (const tile of document.querySelectorAll("[data-kind]")) {
+      tile.addEventListener("click", () => {
+        select.selectedIndex = Number(tile.dataset.run);
+        show(Number(tile.querySelector("b").textContent.replaceAll(",", "")) ? tile.dataset.kind : null);
+      });
+    }
+    select.addEventListener("change", () => show());
     show();
   }
 }

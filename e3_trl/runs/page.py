@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -25,20 +24,20 @@ from ..scrub import without_secrets
 from .figures import IDENTITY, Run, make_figures
 from .report import read_benchmarks, read_report
 from .rollout_log import read_rollout_columns
-from .run_folder import COMPLETION_FILES, ROLLOUTS_FILE, files_of, write_whole
+from .run_folder import COMPLETION_FILES, ROLLOUTS_FILE, files_of, step_of_completions, write_whole
 
 
 if find_spec("itables") is None:
     raise ModuleNotFoundError(name="itables")
 
-# What became of a prompt, in the order of the table: short, and in a sentence. Solved = a rollout was right.
+# What became of a prompt, in the order of the table: short, and when it is so. Solved = a rollout was right.
 CHANGES = {
-    "gained": ("solved now", "solved in its last pass and not in its first"),
-    "lost": ("lost", "solved in its first pass and not in its last"),
-    "never": ("never solved", "not solved in any pass"),
-    "between": ("in between", "solved in between, neither in its first pass nor in its last"),
-    "kept": ("solved throughout", "solved in its first pass and in its last"),
-    "once": ("seen once", "seen in one pass alone, and solved there"),
+    "gained": ("newly solved", "in the last pass, not in the first"),
+    "lost": ("lost", "solved in the first pass, not in the last"),
+    "never": ("never solved", "in no pass"),
+    "between": ("in between", "solved, but not in the first pass nor the last"),
+    "kept": ("solved still", "in the first pass and in the last"),
+    "once": ("solved once", "in the one pass that it was in"),
 }
 TITLES = {
     "entropy": "Entropy and its target",
@@ -207,11 +206,10 @@ def _read_completions(run: Run, columns: dict, wanted: set[int]) -> tuple[dict, 
 
     steps, first = np.unique(columns["step"], return_index=True)
     pass_of, files = columns["pass"][first], defaultdict(dict)
-    for name in files_of(run.path, COMPLETION_FILES):
-        step = re.search(r"_(\d+)\.parquet$", name)
-        place = -1 if step is None else int(np.searchsorted(steps, int(step[1]), side="right")) - 1
+    for path in (run.path / name for name in files_of(run.path, COMPLETION_FILES)):
+        place = int(np.searchsorted(steps, step_of_completions(path), side="right")) - 1
         if place >= 0:  # the first of those that show one batch
-            files[int(pass_of[place])].setdefault(int(steps[place]), run.path / name)
+            files[int(pass_of[place])].setdefault(int(steps[place]), path)
     settings = run.settings or {}
     names = str(settings.get("reward_funcs", "")).split(", ")
     correctness = settings.get("difficulty_reward_func") or names[0]

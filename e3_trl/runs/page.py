@@ -185,7 +185,11 @@ def _describe_prompts(run: Run, columns: dict[str, np.ndarray], prompts: Sequenc
     }
     facts = [
         ("prompts", f"{len(table):,}", f"in {num_passes:,} pass{'es' if num_passes > 1 else ''}"),
-        ("right rollouts", f"{rates[1]:.0%}", f"{rates[0]:.0%} in the first pass" if num_passes > 1 else None),
+        (
+            "right rollouts in training",
+            f"{rates[1]:.0%}",
+            f"{rates[0]:.0%} in the first pass" if num_passes > 1 else None,
+        ),
     ]
     return {
         "prompt_facts": facts,

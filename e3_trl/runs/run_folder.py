@@ -38,8 +38,6 @@ MODEL_FILES = (
 ACCOUNT_FILES = ("README.md", ARGS_FILE, REPORT_FILE, TRAINER_STATE_NAME, ROLLOUTS_FILE, f"{FIGURES}/*")
 # Of TRL's `log_completions`: what the data and the model say.
 COMPLETION_FILES = ("completions/completions_*[0-9].parquet",)
-    "completions/completions_*[0-9].parquet",
-)  # of TRL's `log_completions`: what the data and the model say
 # Of a checkpoint: what all processes share, and what each has. JSON, and beside it the arrays of it.
 STATE_FILE = "run_state.json"
 REFERENCE_FILE = "ref_model.safetensors"  # of `sync_ref_model`

@@ -40,12 +40,18 @@
     return all;
   }
 
+  // What is searched DataTables takes for HTML if there is an & in it.
+  const escaped = (value) => String(value).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
   /** A column whose cells are made when they are seen, and sorted by a number. */
   const column = (title, value, display, more) => ({
     title,
     data: null,
     searchable: false,
-    render: (data, type, row) => (type === "display" ? display(row) : value(row)),
+    render(data, type, row) {
+      if (type === "display") return display(row);
+      return type === "filter" ? escaped(value(row)) : value(row);
+    },
     ...more,
   });
   const rate = (pass) => pass[2] / pass[1];

@@ -170,7 +170,9 @@ def _describe_prompts(run: Run, columns: dict[str, np.ndarray], prompts: Sequenc
     rates = [(one["correct"] / one["rollouts"]).mean() for one in (of_first, of_last)]
     num_passes = int(columns["pass"].max()) + 1
     shown = table.iloc[:MAX_PROMPTS]
-    completions, texts, files = _read_completions(run, columns, set(shown.index[: COMPLETION_LIMITS["prompts"]]))
+    # As many of each kind, as far as there are.
+    in_turn = shown.groupby("change").cumcount().sort_values(kind="stable").index
+    completions, texts, files = _read_completions(run, columns, set(in_turn[: COMPLETION_LIMITS["prompts"]]))
     if prompts is not None and len(prompts) > max(shown.index):
         texts = {number: _text(prompts[number]) for number in shown.index.tolist()} | texts
     steps = {number: [] for number in shown.index}

@@ -203,6 +203,15 @@ def test_what_became_of_a_prompt():
     assert table.loc[1, "difference"] == 0.5
 
 
+def test_completions_are_of_prompts_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "COMPLETION_LIMITS", pages.COMPLETION_LIMITS | {"prompts": 3})
+    correct = np.array([[0, 8]] * 4 + [[8, 0]] * 4 + [[0, 0]] * 4)
+    completions = [completion(1, prompt, "a", 0.0) for prompt in range(12)]
+    html = write_page([write_run(tmp_path / "a", correct, completions)], tmp_path / "report.html").read_text()
+    (kept,) = re.findall(r'id="completions-0">(.*?)</script>', html)
+    assert list(json.loads(kept)) == ["0", "4", "8"]
+
+
 def test_long_runs_and_texts_are_cut_and_the_page_says_so(tmp_path, monkeypatch, browser):
     monkeypatch.setattr(pages, "MAX_PROMPTS", 2)
     monkeypatch.setattr(pages, "MAX_PASSES", 3)

@@ -12,12 +12,13 @@ COMMANDS = {
     "evaluate": "pass@1 and pass@k of models on benchmarks",
     "prepare-data": "make training data, with difficulties, from raw problems",
     "plot": "draw the figures of runs",
+    "report": "one HTML page of runs: figures, settings, prompts, completions",
     "push": "upload a finished run to the Hub",
     "replay": "what other budget rules would have given on a finished run",
     "memory": "GPU memory that a recipe needs, on paper",
 }
 # Packages that come with an extra of setup.cfg.
-EXTRAS = {"deepspeed": "deepspeed", "matplotlib": "figures", "rich": "figures"}
+EXTRAS = {"deepspeed": "deepspeed", "itables": "figures", "matplotlib": "figures", "rich": "figures"}
 
 
 def usage() -> str:

@@ -44,8 +44,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
     | Eq. 2, groups of any size | [`~e3_trl.group_advantages`], called by `steps.compute_advantages` |
     | Eq. 4 and 5 | [`TemperatureSchedule`], moved by the [`TemperatureCallback`] |
 
-    What happens to a generation batch stands in `_generate_and_score_completions`, from top to bottom. What is
-    overridden, each around a call of `super()`:
+    The way of a generation batch is `_generate_and_score_completions`. Overridden, each around a call of `super()`:
 
     | hook | why |
     |---|---|
@@ -229,6 +228,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
         return output
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        steps.log_prompt_ids(self, self._batch, len(prompts))
         if self.evaluation is not None or self._sampling is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._sampling.rewards(prompts, completions, completion_ids_list)

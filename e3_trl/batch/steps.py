@@ -11,7 +11,7 @@ from ..method.counts import rollout_counts, rollout_metrics
 from ..method.length_bias import length_bias
 from ..method.prepo import entropy_weights, prompt_perplexity, select_by_perplexity, token_mean
 from .batch import GenerationBatch
-from .prompt_ids import read_examples
+from .prompt_ids import PROMPT_ID, read_examples
 
 
 def choose_prompts(trainer, batch: GenerationBatch) -> None:
@@ -57,6 +57,16 @@ def _perplexity(trainer, batch: GenerationBatch, prompt_ids: np.ndarray) -> torc
     with trainer.live_temperature.at(1.0):
         logps, _ = score_by_length(trainer, rows)
     return prompt_perplexity(logps, mask[:, 1:])
+
+
+def log_prompt_ids(trainer, batch: GenerationBatch | None, num_rows: int) -> None:
+    """
+    Let TRL's table of completions (`log_completions`) say which prompt each of this process's rows is of. Those of an
+    evaluation, which has no batch, are of none, and have to say so: the table's columns have to stay equally long.
+    """
+    if trainer.log_completions:
+        ids = [None] * num_rows if batch is None else batch.of_kept(batch.sampled_ids)[batch.share].tolist()
+        trainer.extra_logs[PROMPT_ID] = ids
 
 
 def count(trainer, batch: GenerationBatch) -> None:

@@ -10,6 +10,7 @@ TRL's `ModelConfig` may stand in the recipe, and on the command line, which wins
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -28,11 +29,12 @@ from .. import E3GRPOConfig, FastGRPOConfig
 from ..rewards import REWARD_FUNCS, load_reward_func
 from ..rewards.reasoning_gym import is_reasoning_gym, load_splits
 from ..runs.publishing import check_hub_access, publish
-from ..runs.run_folder import FIGURES
+from ..runs.run_folder import FIGURES, PAGE_FILE
 from . import mistakes_named, parse_settings, read_config
 from .models import check_model
 
 
+logger = logging.getLogger(__name__)
 CONFIGS = {"e3": E3GRPOConfig, "fast_grpo": FastGRPOConfig}
 # Settings of earlier versions, and what became of them.
 GONE = {
@@ -155,8 +157,8 @@ def repo_name(training_args: FastGRPOConfig) -> str:
 
 def train(trainer, script_args: E3ScriptArguments) -> None:
     """
-    Train, save, draw the figures, write the card, and push what is to be pushed. After SIGTERM the process ends with
-    the status 143 that schedulers expect, once a checkpoint is written.
+    Train, save, draw the figures, write card and page, and push what is to be pushed. After SIGTERM the process
+    ends with the status 143 that schedulers expect, once a checkpoint is written.
     """
     from ..runs.termination import TerminationCallback
 
@@ -185,8 +187,22 @@ def train(trainer, script_args: E3ScriptArguments) -> None:
     # The card links its dataset to the Hub.
     dataset_name = None if is_reasoning_gym(script_args.dataset_name) else script_args.dataset_name
     trainer.create_model_card(repo_id.split("/")[-1], dataset_name=dataset_name)
+    if trainer.is_world_process_zero() and is_matplotlib_available():
+        write_page_of(trainer)
     if training_args.push_to_hub and trainer.is_world_process_zero():
         publish(training_args.output_dir, repo_id, revision=training_args.hub_revision)
+
+
+def write_page_of(trainer) -> None:
+    """The page of the run, which knows its prompts also where no completions were logged."""
+    path, dataset = Path(trainer.args.output_dir) / PAGE_FILE, trainer.train_dataset
+    try:
+        from ..runs.page import write_page
+
+        prompts = dataset["prompt"] if isinstance(dataset, Dataset) and "prompt" in dataset.column_names else None
+        write_page([trainer.args.output_dir], path, prompts)
+    except Exception as error:  # the run is over and saved, and nothing is to come between it and the Hub
+        logger.warning(f"{path} was not written: {error!r}. All else was; `e3-trl report` writes it.")
 
 
 def end(trainer) -> None:

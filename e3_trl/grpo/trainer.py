@@ -138,7 +138,7 @@ class FastGRPOTrainer(GRPOTrainer):
             RolloutGeneration.adopt(self.vllm_generation)
         connect(self.live_temperature, self)
         self.lifecycle = Lifecycle(self, self.dataset_id)
-        self.lifecycle.parts |= {"passes": self.passes, "temperature": self.live_temperature}
+        self.lifecycle.parts |= {"passes": self.passes, "temperature": self.live_temperature, "watch": self.watch}
         self.lifecycle.parts_of_process["generation_batch"] = self
 
     # --- what callbacks and subclasses use

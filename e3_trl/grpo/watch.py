@@ -49,10 +49,18 @@ class WatchCallback(TrainerCallback):
 
     Attributes:
         rules (`list[Rule]`): what is looked at. A subclass of the trainer may add its own.
+        warnings (`list[dict]`): what the run has warned of, `step` and `message` of each.
     """
 
     def __init__(self):
         self.rules = list(RULES)
+        self.warnings: list[dict] = []
+
+    def state_to_save(self) -> dict:
+        return {"warnings": [*self.warnings]}
+
+    def restore(self, state: dict | None) -> None:
+        self.warnings = [] if state is None else [*state["warnings"]]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._in_a_row: Counter[tuple[str, str]] = Counter()
@@ -66,4 +74,6 @@ class WatchCallback(TrainerCallback):
                 self._in_a_row[key] = self._in_a_row[key] + 1 if is_amiss(value) else 0
                 if self._in_a_row[key] == IN_A_ROW and key not in self._said:
                     self._said.add(key)
-                    logger.warning(f"For {IN_A_ROW} logs in a row ({name} {value:.3g}) {what}")
+                    message = f"For {IN_A_ROW} logs in a row ({name} {value:.3g}) {what}"
+                    self.warnings.append({"step": state.global_step, "message": message})
+                    logger.warning(message)

@@ -124,6 +124,30 @@ def group_runs(paths: list[str | Path]) -> dict[str, list[Run]]:
 
 def draw_runs(paths: list[str | Path], folder: str | Path) -> list[Path]:
     """
+    Write what [`make_figures`] draws as PNG.
+
+    Args:
+        paths (`list`): run folders, or reports of `e3-trl evaluate`.
+        folder (`str` or `Path`): where to write; a figure of an earlier call that is not drawn now is removed.
+
+    Returns:
+        `list[Path]`: the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in make_figures(paths).items():
+        path = folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            figure.savefig(path, dpi=120)
+            written.append(path)
+    return written
+
+
+def make_figures(paths: list[str | Path]) -> dict[str, Figure | None]:
+    """
     Draw what there is to draw: entropy with its target (the paper's Figure 1), validation accuracy (3), temperature
     (4), pass@k (5, 6), share of all-wrong prompts (7), its difference between the first method and each other (8),
     reward, and the budgets of the first run.
@@ -134,27 +158,16 @@ def draw_runs(paths: list[str | Path], folder: str | Path) -> list[Path]:
 
     Args:
         paths (`list`): run folders, or reports of `e3-trl evaluate`.
-        folder (`str` or `Path`): where to write; a figure of an earlier call that is not drawn now is removed.
 
     Returns:
-        `list[Path]`: the files.
+        `dict`: figures by name, `None` = there is nothing to draw.
     """
     methods = group_runs(paths)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {name: _draw_curves(methods, name) for name in CURVES}
     figures["all_wrong_difference"] = _draw_difference(methods)
     figures["pass_at_k"] = _draw_pass_at_k(methods)
     figures["budgets"] = _draw_budgets(next(iter(methods.values()))[0])
-    written = []
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            figure.savefig(path, dpi=120)
-            written.append(path)
-    return written
+    return figures
 
 
 def _smooth(curve: dict[int, float]) -> dict[int, float]:
@@ -307,7 +320,8 @@ def _draw_budgets(run: Run) -> Figure | None:
         places = np.flatnonzero(passes == number)
         places = np.random.default_rng(0).permutation(places)[:2000]
         difficulty = np.nan_to_num(rows["difficulty"][places], nan=0.5)
-        axes.scatter(difficulty, rows["rollouts"][places], s=8, alpha=0.4)
+        # A picture within an SVG, which would be megabytes of single points.
+        axes.scatter(difficulty, rows["rollouts"][places], s=8, alpha=0.4, rasterized=True)
         label = "not ranked yet" if number == 0 else "difficulty k"
         axes.set(title=f"pass {number + 1}", xlim=(0, 1.02), xlabel=label)
     panels[0].set(ylabel="rollouts of a prompt", ylim=(0, None))

@@ -3,8 +3,8 @@ What a run folder says about its run, as JSON: written by the trainer with every
 the model card.
 
 - `training_args.json`: every training argument, and what was trained on what
-- `report.json`: seed, settings, the last metrics; an evaluation adds `method`, `benchmarks` and
-  `evaluation` (its settings)
+- `report.json`: seed, settings, the last metrics, what the run warned of; an evaluation adds `method`, `benchmarks`
+  and `evaluation` (its settings)
 - `trainer_state.json`: transformers' log, in the folder or in its checkpoints
 """
 
@@ -51,6 +51,7 @@ def describe_run(trainer) -> None:
     for entry in state.log_history:
         metrics |= {k: v for k, v in entry.items() if isinstance(v, float | int) and math.isfinite(v)}
     report = {"seed": args.seed, "step": state.global_step, "settings": {**origin, **settings}, "metrics": metrics}
+    report["warnings"] = trainer.watch.warnings
     write_json(folder / REPORT_FILE, report)
 
 

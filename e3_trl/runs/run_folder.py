@@ -18,6 +18,8 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 ARGS_FILE = "training_args.json"
 REPORT_FILE = "report.json"
 FIGURES = "figures"
+# It can hold what the data and the model say, so it is no part of what is published.
+PAGE_FILE = "report.html"
 # transformers pushes nothing whose name begins so.
 EARLIER = "_earlier"
 LOCK_FILE = "_run.lock"
@@ -34,7 +36,8 @@ MODEL_FILES = (
     "image_processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 ACCOUNT_FILES = ("README.md", ARGS_FILE, REPORT_FILE, TRAINER_STATE_NAME, ROLLOUTS_FILE, f"{FIGURES}/*")
-COMPLETION_FILES = ("completions/*.parquet",)  # of TRL's `log_completions`: what the data and the model say
+# Of TRL's `log_completions`: what the data and the model say.
+COMPLETION_FILES = ("completions/completions_*[0-9].parquet",)
 # Of a checkpoint: what all processes share, and what each has. JSON, and beside it the arrays of it.
 STATE_FILE = "run_state.json"
 REFERENCE_FILE = "ref_model.safetensors"  # of `sync_ref_model`
@@ -124,13 +127,15 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
         # Where no run has been, a model was put there by somebody.
         names = (ROLLOUTS_FILE, TRAINER_STATE_NAME)
         if run_id(output_dir) is not None:
-            names = (*MODEL_FILES, *ACCOUNT_FILES)
+            names = (*MODEL_FILES, *ACCOUNT_FILES, *COMPLETION_FILES, PAGE_FILE)
         foreign += [output_dir / name for name in files_of(output_dir, names)]
     else:
         if (path := output_dir / TRAINER_STATE_NAME).exists() and not 0 <= _global_step(path) <= step:
             foreign.append(path)
         if (path := output_dir / ROLLOUTS_FILE).exists():
             os.truncate(path, end_of_step(path, step))
+        completions = [output_dir / name for name in files_of(output_dir, COMPLETION_FILES)]
+        foreign += [path for path in completions if step_of_completions(path) > step]
     folder = None
     if foreign:
         taken = [int(path.name) for path in (output_dir / EARLIER).glob("*") if path.name.isdigit()]
@@ -142,6 +147,11 @@ def enter_folder(output_dir: str | Path, new_id: str, old_id: str | None = None,
             path.replace(target)
     write_whole(output_dir / RUN_FILE, to_json({"run_id": new_id}))
     return folder
+
+
+def step_of_completions(path: Path) -> int:
+    """Optimizer step after which TRL wrote a file of completions."""
+    return int(path.stem.split("_")[-1])
 
 
 def end_of_step(path: Path, step: int) -> int:

@@ -30,7 +30,7 @@ LOADED = [
     ("import e3_trl", ["numpy", "torch"]),
     ("from e3_trl import allocate_rollouts, pass_at_k, read_rollouts", ["pandas", "torch"]),
     ("from e3_trl import DifficultyTracker, TemperatureSchedule", ["torch"]),
-    ("import e3_trl.commands.replay, e3_trl.commands.plot", ["transformers", "trl"]),
+    ("import e3_trl.commands.replay, e3_trl.commands.plot, e3_trl.commands.report", ["transformers", "trl"]),
     # until a recipe has been understood
     ("import e3_trl.commands.train", ["trl.trainer.grpo_trainer", "vllm"]),
 ]
@@ -64,7 +64,9 @@ def test_commands_are_listed(capsys):
         cli.main(["tain"])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "prepare-data", "plot", "push", "replay", "memory"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "prepare-data", "plot", "report", "push", "replay", "memory"]
+)
 def test_each_command_says_what_it_takes(command, capsys):
     if command == "memory":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
@@ -218,10 +220,11 @@ def test_an_accelerate_configuration_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize(
-    ("command", "package", "extra"), [("memory", "deepspeed", "deepspeed"), ("plot", "matplotlib", "figures")]
+    ("command", "package", "extra"),
+    [("memory", "deepspeed", "deepspeed"), ("plot", "matplotlib", "figures")] + [("report", "itables", "figures")],
 )
 def test_a_package_that_is_not_installed_is_named(command, package, extra, monkeypatch):
-    for name in (f"e3_trl.commands.{command}", "e3_trl.runs.figures"):
+    for name in (f"e3_trl.commands.{command}", "e3_trl.runs.figures", "e3_trl.runs.page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)

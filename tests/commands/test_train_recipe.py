@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from e3_trl import read_rollouts
 from e3_trl.commands import train
 from e3_trl.grpo import checks
-from e3_trl.runs import figures
+from e3_trl.runs import figures, page
 from e3_trl.runs.dashboards import DashboardCallback
 
 
@@ -79,6 +80,7 @@ def launched(model_path, tmp_path_factory):
     dashboards = {"report_to": ["trackio", "tensorboard"], "project": "e3", "run_name": "first"}
     data = {"dataset_name": str(folder / "data")}
     saved = {"save_strategy": "steps", "save_steps": 2}
+    saved["log_completions"] = True
     path = write_recipe(folder, model_path, logging_steps=2, **evaluation, **dashboards, **data, **saved)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "recipes/train.py"]
     command += ["--config", path, "--max_steps", "8", "--annealing_start", "0.5"]
@@ -93,6 +95,30 @@ def test_trains_and_saves(launched):
     assert [entry["step"] for entry in history(launched) if "loss" in entry] == [2, 4, 6, 8]
     AutoModelForCausalLM.from_pretrained(launched / "run")
     assert len((launched / "run" / "rollouts.jsonl").read_text().splitlines()) == 8 * 4
+
+
+@pytest.mark.slow
+def test_the_page_of_the_run_is_written_at_its_end(launched):
+    """With the texts of its prompts, what it warned of, and the completions that were logged."""
+    html = (launched / "run" / "report.html").read_text()
+    assert "It warned of nothing." in html
+    (rows,) = re.findall(r'id="rows-0">(.*?)</script>', html)
+    rows = json.loads(rows)["rows"]
+    assert len(rows["id"]) == len(set(rows["id"])) > 8
+    assert all(text.startswith("say ") for text in rows["text"])
+    (completions,) = re.findall(r'id="completions-0">(.*?)</script>', html)
+    assert json.loads(completions)
+
+
+def test_a_page_that_cannot_be_written_costs_nothing(make_trainer, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(page, "write_page", fail)
+    trainer = make_trainer()
+    train.write_page_of(trainer)
+    (message,) = [message for message in caplog.messages if "was not written" in message]
+    assert "report.html was not written: OSError('no space left'). All else was; `e3-trl report` writes it." in message
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from conftest import make_dataset, vowel_reward
 
 from e3_trl import E3GRPOTrainer, FastGRPOTrainer
 from e3_trl.grpo import watch
+from e3_trl.runs.report import read_report
 
 
 def equal_reward(completions, **kwargs):
@@ -131,3 +132,19 @@ def test_a_run_that_goes_on_counts_anew(make_trainer, warned, caplog):
         assert warned() == [], "two logs"
     trainer.train(resume_from_checkpoint=False)
     assert len(warned()) == 1
+
+
+@pytest.mark.usefixtures("three_in_a_row")
+def test_the_report_says_what_was_warned_of_also_before_a_run_went_on(make_trainer, warned):
+    settings = {"reward_funcs": equal_reward, "save_strategy": "steps", "save_steps": 4, **LONG}
+    trainer = make_trainer(FastGRPOTrainer, max_steps=4, **settings)
+    trainer.train()
+    (message,) = warned()
+    expected = [{"step": 3, "message": message.removeprefix("[RANK 0] ")}]
+    assert read_report(trainer.args.output_dir)["warnings"] == expected
+    resumed = make_trainer(FastGRPOTrainer, max_steps=6, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.create_model_card()
+    assert read_report(trainer.args.output_dir)["warnings"] == expected
+    resumed.train(resume_from_checkpoint=False)
+    assert [one["step"] for one in resumed.watch.warnings] == [3], "of a new run"

@@ -301,10 +301,11 @@ def steps_of(folder) -> list[int]:
 def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
     """Resuming once took the highest step, whosever it was; and `save_total_limit` deleted the new run's."""
     settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    old = make_trainer(max_steps=8, **settings)
+    old = make_trainer(max_steps=8, log_completions=True, num_completions_to_print=0, **settings)
     old.train()
     old.save_state()
     folder = Path(old.args.output_dir)
+    (folder / "report.html").write_text("of the old run")
     rollouts = (folder / "rollouts.jsonl").read_text()
     new = make_trainer(max_steps=4, **settings)
     new.train()
@@ -312,6 +313,9 @@ def test_a_new_run_in_the_same_folder_moves_what_was_there_aside(make_trainer):
     assert steps_of(folder / "_earlier" / "1") == [6, 8]
     assert (folder / "_earlier" / "1" / "rollouts.jsonl").read_text() == rollouts
     assert (folder / "_earlier" / "1" / "trainer_state.json").exists()
+    assert not (folder / "report.html").exists()
+    assert list((folder / "completions").iterdir()) == [], "the page would show them as the new run's"
+    assert len(list((folder / "_earlier" / "1" / "completions").iterdir())) == 8
     assert read_log(folder) == new.state.log_history[:4]
     resumed = make_trainer(max_steps=6, **settings)
     resumed.train(resume_from_checkpoint=True)
@@ -331,7 +335,7 @@ def test_a_new_run_without_a_checkpoint_cannot_be_mistaken_for_the_old(make_trai
 @pytest.mark.slow
 def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     settings = {"save_strategy": "steps", "save_steps": 2}
-    run = make_trainer(max_steps=8, **settings)
+    run = make_trainer(max_steps=8, log_completions=True, num_completions_to_print=0, **settings)
     run.train()
     run.save_state()
     folder = Path(run.args.output_dir)
@@ -340,6 +344,8 @@ def test_a_run_that_goes_back_leaves_its_later_steps_aside(make_trainer):
     assert steps_of(folder) == [2, 4]
     assert steps_of(folder / "_earlier" / "1") == [6, 8]
     assert (folder / "_earlier" / "1" / "trainer_state.json").exists()
+    logged = sorted(path.name for path in (folder / "completions").iterdir())
+    assert logged == [f"completions_{step:05d}.parquet" for step in range(1, 5)]
     assert {row["step"] for row in rows(resumed)} == {1, 2, 3, 4, 5}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from forked import Forks
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Qwen2Config
 from trl import GRPOConfig
@@ -127,6 +128,14 @@ def save_tiny_model(path, config_class=Qwen2Config, tie_word_embeddings: bool = 
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Python in other processes, without the seconds that its imports take."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,9 @@
-"""
-Runs that die by SIGKILL, each in a process of its own, which is forked from this one because the imports take long.
-
-A line on stdin says what to train, `{"model_path": ..., "output_dir": ..., "kill_at": 5}`; a line on stdout, as what
-the run has ended. What it printed is in `<output_dir>.log`.
-"""
+"""A run that dies by SIGKILL: `killed_run.py '{"model_path": ..., "output_dir": ..., "kill_at": 5}'`."""
 
 import json
 import os
 import signal
 import sys
-import traceback
 
 from conftest import build_trainer
 from transformers import TrainerCallback
@@ -40,17 +34,4 @@ def run(model_path, output_dir, kill_at, while_saving=False, **settings):
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        settings = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            log = os.open(f"{settings['output_dir']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                run(**settings)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    run(**json.loads(sys.argv[1]))

@@ -5,7 +5,6 @@ import json
 import shutil
 import string
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def test_problems_carry_the_difficulty_that_was_measured(warmed, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(warmed, tmp_path):
+def test_a_killed_run_goes_on_from_its_checkpoint(warmed, forks, tmp_path):
     study = run.read_study(STUDIES[0])
     study["settings"] |= {"save_steps": 1, "eval_steps": 2, "save_total_limit": None}
     study["tasks"] = {"ways": study["tasks"]["ways"] | {"seeds": 1, "problems": {"train": 8, "test": 1}}}
@@ -149,7 +148,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(warmed, tmp_path):
         "transformers.trainer_callback.DefaultFlowCallback.on_save = stop\n"
         f"run.run_job(run.Job({args.config!r}, {args.output_dir!r}, 'ways', 0, 'best'))"
     )
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    assert forks.run("-c", killed).returncode == 9
     assert [path.name for path in (runs[0].folder / "best").glob("checkpoint-*")] == ["checkpoint-1"]
     run.run_job(runs[0])
     after = json.loads(runs[0].result.read_text())

@@ -6,8 +6,8 @@ import importlib.util
 import json
 import linecache
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -179,14 +179,16 @@ def test_methods_of_other_benchmarks_stand_side_by_side_and_their_averages_do_no
 
 
 @pytest.mark.slow
-def test_an_adapter_alone_is_refused_with_the_command_that_merges_it(settings, model_path, tmp_path):
+def test_an_adapter_alone_is_refused_with_the_command_that_merges_it(settings, model_path, forks, tmp_path):
     adapter = tmp_path / "run" / "adapter"
     base = AutoModelForCausalLM.from_pretrained(model_path)
     get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(adapter)
     AutoTokenizer.from_pretrained(model_path).save_pretrained(adapter)
     with pytest.raises(ValueError, match="is an adapter without its base. Merge it") as error:
         main(EvaluationArguments(**settings | {"model_name_or_path": [str(adapter)]}))
-    subprocess.run(str(error.value).splitlines()[1].replace("python", sys.executable, 1), shell=True, check=True)
+    python, *command = shlex.split(str(error.value).splitlines()[1])
+    assert python == "python"
+    forks.run(*command).check_returncode()
     main(EvaluationArguments(**settings | {"model_name_or_path": [f"{adapter}-merged"], "chunk_size": 3}))
 
 
@@ -278,13 +280,12 @@ main(EvaluationArguments(**json.loads(sys.argv[1])))
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, generated):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, generated, forks):
     whole = settings | {"output_dir": settings["output_dir"] + "-whole"}
     main(EvaluationArguments(**whole))
     generated.clear()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forks.run("-c", KILLED, json.dumps(settings), env=environment)
     assert done.returncode == -9, done.stderr
     path = run_folder(settings) / "completions.jsonl"
     assert len(read_rows(path)) == 4, "two chunks of two"

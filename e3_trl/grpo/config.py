@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import trl
 from accelerate.utils import DistributedType
 from packaging.version import Version
 from trl import GRPOConfig
@@ -142,11 +143,15 @@ class FastGRPOConfig(GRPOConfig):
                 "ddp_backend to 'gloo', and DS_ACCELERATOR=cpu in the environment if DeepSpeed is used, or use_cpu to "
                 "True if not."
             )
+        if self.device.type == "cpu" and Version(trl.__version__) < Version("1.16"):
+            raise ValueError(
+                f"TRL {trl.__version__} computes log-probs on a GPU alone, and this run is on a CPU. Install TRL 1.16."
+            )
         version = _installed_vllm() if self.use_vllm else None  # TRL says where to get it
         if version is not None and not Version("0.22") <= version < Version("0.32"):
             raise ValueError(
-                f"vLLM {version} is installed, and TRL 1.16 works with 0.22 to 0.31 only. Install one of these, or "
-                "set use_vllm to False."
+                f"vLLM {version} is installed, and TRL 1.15 and 1.16 work with 0.22 to 0.31 only. Install one of "
+                "these, or set use_vllm to False."
             )
 
     def to_dict(self) -> dict:

@@ -139,7 +139,7 @@ def lm_head(model: torch.nn.Module) -> Receiver:
     if not reads_temperature(forward):
         raise RuntimeError(
             f"TRL {trl.__version__} keeps the temperature elsewhere than the TRL that e3_trl was tested with. Install "
-            "the version that setup.cfg names."
+            "trl>=1.15,<1.17; what another version would have to keep stands in e3_trl/grpo/trl_names.py."
         )
     cell = forward.__closure__[forward.__code__.co_freevars.index("temperature")]
 

@@ -1,6 +1,6 @@
 """How the site is made of the repository: hooks of MkDocs, docstrings as Markdown, and the page of settings.
 
-    python docs/build.py    # writes docs/settings.md, from the docstrings of the configurations
+python docs/build.py    # writes docs/settings.md, from the docstrings of the configurations
 """
 
 import ast
@@ -46,15 +46,15 @@ def as_markdown(docstring: str, link=lambda name: f"`{name}`") -> str:
     text = re.sub(r"\\\\\(\s*(.*?)\s*\\\\\)", lambda found: f"${' '.join(found[1].split())}$", text, flags=re.DOTALL)
     text = re.sub(r"\[`~?([\w.]+)`\](?!\()", lambda found: link(found[1].split(".")[-1]), text)
     section = r"^(Args|Parameters|Attributes|Returns|Raises|Yields|Example):\n((?:\n|    .*\n)*)"
-    text = re.sub(section, lambda found: f"**{found[1]}**\n\n{_entries(found[2])}\n", text + "\n", flags=re.MULTILINE)
-    return text.strip()
+    return re.sub(section, _section, text + "\n", flags=re.MULTILINE).strip()
 
 
-def _entries(body: str) -> str:
-    """The body of a section, in which what has a name is an item of a list."""
-    body = inspect.cleandoc(body)
+def _section(found: re.Match) -> str:
+    """A section, in whose body what has a name is an item of a list."""
+    body = inspect.cleandoc(found[2])
     body = re.sub(r"^((?:[*\w]+, )*[*\w]+)((?: \(.*\))?:)\s+", r"- `\1`\2 ", body, flags=re.MULTILINE)
-    return re.sub(r"^(?=`\w+`: )", "- ", body, flags=re.MULTILINE)
+    body = re.sub(r"^(?=`\w+`: )", "- ", body, flags=re.MULTILINE)
+    return f"**{found[1]}**\n\n{body}\n\n"
 
 
 def _class_docstring(path: str) -> str:
@@ -69,13 +69,15 @@ def settings_page() -> str:
         _, _, body = as_markdown(_class_docstring(path)).partition("**Parameters**\n\n")
         for part in re.split(r"^> Parameters (?:that control|of) ", body, flags=re.MULTILINE)[1:]:
             title, fields = part.split("\n", 1)
+            # A paper stands below the heading.
+            title = title[0].upper() + re.sub(r" \((http.*)\)", r"\n\n\1", title[1:])
             for field in re.split(r"^- ", fields, flags=re.MULTILINE)[1:]:
                 name, kind, text = re.fullmatch(r"(`\w+`) \((.*?)\): (.*)", field.strip(), flags=re.DOTALL).groups()
                 default = kind.partition("defaults to ")[2] or "`None`"
                 type_ = kind.partition(",")[0]
                 text = inspect.cleandoc(" " * 4 + text)
                 groups.setdefault(title, []).append(f"### {name}\n\n*{type_}, default {default}.*{note}\n\n{text}\n")
-    return "\n".join([SETTINGS, *("\n".join([f"## {title[0].upper()}{title[1:]}\n", *groups[title]]) for title in groups)])
+    return "\n".join([SETTINGS, *("\n".join([f"## {title}\n", *groups[title]]) for title in groups)])
 
 
 def notebook_page(notebook: dict) -> str:
@@ -104,8 +106,9 @@ def on_page_markdown(markdown, page, config, files):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         if target in PAGES or target.startswith("docs/"):
             return f"{found[1]}({PAGES.get(target, target.removeprefix('docs/'))}{hash_}{anchor})"
-        # Where the repository's address is not known, what lies there is named and not linked.
-        return f"{found[1]}({config.repo_url}/blob/main/{target}{hash_}{anchor})" if config.repo_url else found[1][1:-1]
+        if not config.repo_url:
+            return found[1][1:-1]  # its address is not known, so what lies there is named and not linked
+        return f"{found[1]}({config.repo_url}/blob/main/{target}{hash_}{anchor})"
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     # A label has no other brackets in it, but for code.

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import shutil
 import signal
 import string
 from contextlib import contextmanager
@@ -216,6 +217,31 @@ def batches_after(step: str):
 def trained_rows(window: list[dict]) -> list[dict]:
     """All rows of micro-batches, also those that need no gradient, as dicts of tensors of different widths."""
     return [part for batch in window for part in (batch, batch.get("left_out", {})) if "completion_ids" in part]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A Chromium without a window, driven by selenium, that asks the network for nothing of its own."""
+    from selenium import webdriver
+
+    programs = [("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)]
+    chromium, driver = (next(filter(None, map(shutil.which, names)), None) for names in programs)
+    if chromium is None or driver is None:
+        pytest.fail(
+            "Pages are opened by Chromium. Install it and its driver: apt-get install chromium chromium-driver"
+        )
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for name in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1300,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{name}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
 
 
 def logged(trainer, key: str) -> list[float]:

@@ -51,7 +51,7 @@ def test_pages_read_as_they_do_in_the_repository(site):
         assert re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*"https?://[^>]*', page) == [], name
     assert 'href="https://example.org/me/e3/blob/main/e3_trl/method/budget.py"' in pages["method.html"]
     assert 'href="recipes.html#memory-per-gpu"' in pages["reproduce.html"]
-    assert "from e3_trl" in pages["notebook.html"] or "e3_trl" in pages["notebook.html"]
+    assert "E3GRPOTrainer" in pages["notebook.html"]
 
 
 def test_a_reader_finds_the_way(address, browser):
@@ -69,23 +69,22 @@ def test_a_reader_finds_the_way(address, browser):
     picture = browser.find_element(By.CSS_SELECTOR, "img[src='quickstart.png']")
     assert browser.execute_script("return arguments[0].decode().then(() => arguments[0].naturalWidth)", picture) > 1000
     requests = loaded()
-    browser.find_element(By.CSS_SELECTOR, ".md-nav--primary").find_element(
-        By.LINK_TEXT, "Which switch for what"
-    ).click()
+    menu = browser.find_element(By.CSS_SELECTOR, ".md-nav--primary")
+    menu.find_element(By.LINK_TEXT, "Which switch for what").click()
     wait.until(url_contains("method.html"))
     fraction = browser.find_element(By.CSS_SELECTOR, "math[display=block] mfrac")
     over, under = fraction.find_elements(By.XPATH, "./*")
     assert over.rect["y"] + over.rect["height"] <= under.rect["y"] + 1, "drawn as a fraction"
     requests += loaded()
     browser.find_element(By.CSS_SELECTOR, ".md-search__input").send_keys("temperature_spread")
-    result = (By.CSS_SELECTOR, ".md-search-result__link[href*='settings.html#temperature_spread']")
+    result = (By.CSS_SELECTOR, ".md-search-result__link[href*='settings.html'][href$='#temperature_spread']")
     wait.until(element_to_be_clickable(result)).click()
-    wait.until(url_contains("settings.html#temperature_spread"))
+    wait.until(url_contains("#temperature_spread"))
     heading = browser.find_element(By.ID, "temperature_spread")
     assert 0 <= browser.execute_script("return arguments[0].getBoundingClientRect().top", heading) < 500
     requests += loaded()
     browser.get(f"{address}/api.html#e3_trl.allocate_rollouts")
-    assert browser.find_element(By.ID, "e3_trl.allocate_rollouts").text.endswith("allocate_rollouts")
+    assert "allocate_rollouts" in browser.find_element(By.ID, "e3_trl.allocate_rollouts").text
     requests += loaded()
     assert len(requests) > 10
     assert [request for request in requests if not request.startswith(address)] == []

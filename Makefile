@@ -50,7 +50,7 @@ build: install
 # The guides and the API as a site, in site/. The variable keeps mkdocs-material from telling of its successor.
 docs: install
 	$(BIN)/python docs/build.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 quality: install
 	$(BIN)/ruff check .

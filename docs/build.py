@@ -104,7 +104,7 @@ def on_page_markdown(markdown, page, config, files):
         if not path or re.match(r"https?:|mailto:", path):
             return found[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if target in PAGES or target.startswith("docs/"):
+        if target in PAGES or (target.startswith("docs/") and not target.endswith(".py")):
             return f"{found[1]}({PAGES.get(target, target.removeprefix('docs/'))}{hash_}{anchor})"
         if not config.repo_url:
             return found[1][1:-1]  # its address is not known, so what lies there is named and not linked

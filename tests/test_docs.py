@@ -10,6 +10,7 @@ import pytest
 from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig
+from e3_trl.cli import COMMANDS
 
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +47,10 @@ def test_docstrings_link_to_what_is_there():
             assert link.startswith("http") or (path.parent / link).exists(), f"{path} links to {link}"
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_lists_every_command():
     text = (ROOT / "README.md").read_text()
+    table = text[text.index("| `e3-trl ...`") : text.index("## Limits")]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == [*COMMANDS]
     assert len(text.split()) <= 1000
     assert [line for line in text.splitlines() if len(line) > 120] == []
 

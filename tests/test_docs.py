@@ -2,16 +2,19 @@
 
 import ast
 import re
+import runpy
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig
+from e3_trl.cli import COMMANDS
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "recipes" / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "recipes" / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCE = "\n".join(path.read_text() for path in sorted((ROOT / "e3_trl").rglob("*.py")))
 
 
@@ -44,21 +47,21 @@ def test_docstrings_link_to_what_is_there():
             assert link.startswith("http") or (path.parent / link).exists(), f"{path} links to {link}"
 
 
-def test_the_readme_is_short_and_lists_every_setting():
+def test_the_readme_is_short_and_lists_every_command():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 200
-    from trl import GRPOConfig
+    table = text[text.index("| `e3-trl ...`") : text.index("## Limits")]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == [*COMMANDS]
+    assert len(text.split()) <= 1000
+    assert [line for line in text.splitlines() if len(line) > 120] == []
 
-    own = {field.name for field in fields(E3GRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    table = text[text.index("## Settings") : text.index("**What a run writes**")]
-    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
-    named = set()
-    for row in rows:
-        first, *others = re.findall(r"`(\w+)`", row)
-        stem = first.rsplit("_", 1)[0]
-        named |= {first, *(stem + name if name.startswith("_") else name for name in others)}
-    named |= set(re.findall(r"`(temperature_warmup_steps)`", table))
-    assert named == own
+
+def test_the_page_of_settings_is_made_of_the_docstrings_and_has_every_setting():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs" / "build.py"))["settings_page"]() == page, "Run python docs/build.py."
+    described = re.findall(r"^### `(\w+)`\n\n\*`.*?`, default `(.*?)`\.\*", page, re.MULTILINE)
+    inherited = {field.name for field in fields(GRPOConfig)}
+    own = {field.name: field.default for field in fields(E3GRPOConfig) if field.name not in inherited}
+    assert {name: ast.literal_eval(default) for name, default in described} == own
 
 
 def test_every_metric_is_explained():

@@ -8,7 +8,14 @@ import torch
 from accelerate.utils import gather_object
 
 from ..method.advantages import total_rewards
-from ..method.budget_rules import Bounds, commit_rollouts, pilot_rollouts, refine_rollouts, split_rounds
+from ..method.budget_rules import (
+    VIGOR_ROUNDS,
+    Bounds,
+    commit_rollouts,
+    pilot_rollouts,
+    refine_rollouts,
+    split_rounds,
+)
 from ..method.counts import rollout_counts
 from ..method.dynamic_sampling import DynamicSampling
 from .batch import GenerationBatch, Round
@@ -192,12 +199,10 @@ class Pilot(Portions):
 class Vigor(Portions):
     """The rest in three rounds, each to the half of its prompts whose rewards vary most."""
 
-    NUM_ROUNDS = 3
-
     def run_further(self, ids, first):
         batch, sampled, active = self.batch, first, np.ones(len(ids), dtype=bool)
         rest = len(ids) * self.bounds.num_generations - first.sum()
-        for rows in split_rounds(int(rest), self.NUM_ROUNDS, batch.num_processes):
+        for rows in split_rounds(int(rest), VIGOR_ROUNDS, batch.num_processes):
             groups = torch.as_tensor(batch.sampled_ids, device=batch.rewards.device)
             # Also where each function is normalized in its group, after which all vary alike.
             total = total_rewards(batch.rewards, self.reward_weights, groups).double().cpu()

@@ -11,17 +11,29 @@ it is solved. So it says what a rule does with its first batches better than whe
 a batch is not known but from its few rollouts there; it is taken to have a Beta distribution, which of all prompts of
 that pass is fitted to their rollouts, and of one prompt is its posterior. Rollouts of other passes would say more of a
 policy that does not change, and were tried: on runs that learn they made the prediction worse.
+
+`pilot` and `vigor` follow a batch's first rewards, which are drawn from these distributions, several times.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..method.budget import RolloutBudgetSchedule
-from ..method.budget_rules import ROUND_RULES, RULES, Bounds, load_rule
+from ..method.budget_rules import (
+    ROUND_RULES,
+    RULES,
+    VIGOR_ROUNDS,
+    Bounds,
+    commit_rollouts,
+    load_rule,
+    pilot_rollouts,
+    refine_rollouts,
+    split_rounds,
+)
 from ..method.difficulty import DifficultyTracker
 from ..runs.report import read_settings, write_json
 from ..runs.rollout_log import read_rollout_columns
@@ -34,6 +46,8 @@ AS_IN_TRAINING = (
 )  # fmt: skip
 # Of success rates, for the rollouts of a prompt by its success rate.
 BINS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+# How often a run is drawn for rules that follow first rewards.
+DRAWS = 8
 
 
 @dataclass
@@ -138,15 +152,63 @@ def replay(batches: list[Batch], budgets: list[np.ndarray]) -> dict[str, float |
     alpha, beta = (np.concatenate(column) for column in zip(*posteriors(batches), strict=True))
     rollouts = np.concatenate(budgets)
     none, all_right = chance_of_none(alpha, beta, rollouts), chance_of_none(beta, alpha, rollouts)
-    rate = alpha / (alpha + beta)
+    by_rate = mean_by_rate(rollouts, alpha / (alpha + beta))
+    signal = float((rollouts * (1 - none - all_right)).sum() / rollouts.sum())
+    return {"signal": signal, "all_wrong": float(none.mean()), "rollouts": by_rate}
+
+
+def sample_in_rounds(rule: str, bounds: Bounds, draw: Callable[[np.ndarray], np.ndarray], num_prompts: int) -> tuple:
+    """
+    A batch sampled as `pilot` or `vigor` does, by one process.
+
+    Args:
+        rule (`str`): which of them.
+        bounds ([`Bounds`]): mean, fewest and most rollouts of a prompt.
+        draw (`Callable`): right rollouts of so many of each prompt, both of shape `(P,)`.
+        num_prompts (`int`): prompts of the batch.
+
+    Returns:
+        `tuple` of two `np.ndarray` of shape `(P,)`: rollouts, and how many of them were right.
+    """
+    sampled = pilot_rollouts(num_prompts, bounds.num_generations_min)
+    correct = draw(sampled)
+    if rule == "pilot":
+        rest = (
+            commit_rollouts(correct / sampled, sampled, bounds.num_generations, bounds.num_generations_max) - sampled
+        )
+        return sampled + rest, correct + draw(rest)
+    active = np.ones(num_prompts, dtype=bool)
+    for rows in split_rounds(int(num_prompts * bounds.num_generations - sampled.sum()), VIGOR_ROUNDS):
+        mean = correct / sampled
+        variance = np.where(sampled > 1, mean * (1 - mean) * sampled / np.maximum(sampled - 1, 1), np.nan)
+        given, active = refine_rollouts(variance, mean, sampled, active, rows, bounds.num_generations_max)
+        sampled, correct = sampled + given, correct + draw(given)
+    return sampled, correct
+
+
+def replay_rounds(batches: list[Batch], rule: str, schedule: RolloutBudgetSchedule) -> dict[str, float | dict]:
+    """As [`replay`], of a rule that follows first rewards."""
+    rng = np.random.default_rng(0)
+    sampled, rates = [], []
+    for _ in range(DRAWS):
+        for batch, (alpha, beta) in zip(batches, posteriors(batches), strict=True):
+            rate = rng.beta(alpha, beta)
+            bounds = Bounds(schedule.num_generations, *schedule.bounds(batch.number))
+            counts = sample_in_rounds(rule, bounds, lambda n, rate=rate: rng.binomial(n, rate), len(rate))
+            sampled.append(Batch(batch.number, batch.prompt_ids, *counts, batch.difficulty))
+            rates.append(alpha / (alpha + beta))
+    rollouts = np.concatenate([batch.rollouts for batch in sampled])
+    return measured(sampled) | {"rollouts": mean_by_rate(rollouts, np.concatenate(rates))}
+
+
+def mean_by_rate(rollouts: np.ndarray, rate: np.ndarray) -> dict[str, float]:
+    """Mean rollouts of the prompts whose success rate lies in each of `BINS`; both of shape `(P,)`."""
     place = np.digitize(rate, BINS[1:-1])
-    by_rate = {
+    return {
         f"{BINS[index]:g}-{BINS[index + 1]:g}": float(rollouts[place == index].mean())
         for index in range(len(BINS) - 1)
         if (place == index).any()
     }
-    signal = float((rollouts * (1 - none - all_right)).sum() / rollouts.sum())
-    return {"signal": signal, "all_wrong": float(none.mean()), "rollouts": by_rate}
 
 
 def posteriors(batches: list[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -186,7 +248,12 @@ def draw(results: dict[str, dict], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or its rollouts.jsonl")
-    parser.add_argument("--rules", nargs="+", default=list(RULES), help=f"any of {[*RULES]}, or a dotted path (these)")
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        default=[*RULES, *ROUND_RULES],
+        help=f"any of {[*RULES, *ROUND_RULES]}, or a dotted path (these)",
+    )
     parser.add_argument("--num_generations_min", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_max", type=int, help="as in training (that of the run)")
     parser.add_argument("--num_generations_step", type=int, help="as in training (that of the run, else 2)")
@@ -195,8 +262,6 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--figure", help="where to draw the budgets")
     parser.add_argument("--output", help="where to write the numbers, as JSON")
     args = parser.parse_args(arguments)
-    if unseen := ROUND_RULES.keys() & args.rules:
-        parser.error(f"rules has {min(unseen)!r}, which follows first rewards that the run did not see. Leave it out.")
     run = Path(args.run)
     if not run.exists():
         parser.error(f"{run} is not there. Name a run's folder, or its rollouts.jsonl.")
@@ -213,8 +278,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     counting = settings.get("success_decay", 1.0), settings.get("success_prior", 0.0)
     results = {"measured": measured(batches), "as it was": replay(batches, [batch.rollouts for batch in batches])}
     for rule in args.rules:
-        budgets = budgets_by_rule(batches, rule, schedule, *counting)
-        results[rule] = replay(batches, list(budgets))
+        if rule in ROUND_RULES:
+            results[rule] = replay_rounds(batches, rule, schedule)
+        else:
+            results[rule] = replay(batches, list(budgets_by_rule(batches, rule, schedule, *counting)))
     print(f"{'':24} with a signal   all wrong   rollouts by success rate")
     for name, result in results.items():
         by_rate = "  ".join(f"{rate}: {mean:.1f}" for rate, mean in result.get("rollouts", {}).items())

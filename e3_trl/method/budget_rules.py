@@ -306,6 +306,8 @@ RULES: dict[str, Rule] = {
 }
 # Those that go on from the first rewards of the batch.
 ROUND_RULES: dict[str, Rule] = {"pilot": equal_rollouts, "vigor": equal_rollouts}
+# Rounds of "vigor" after the first.
+VIGOR_ROUNDS = 3
 
 
 def load_rule(name: str) -> Rule:

@@ -17,6 +17,8 @@ from .row_sampling import rows_sampled
 Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 # A completion's tokens and log-probs, as the store has them.
 Rollout = tuple[np.ndarray, np.ndarray]
+# Of transformers' `generate` for a round.
+MOST_CALLS = 4
 
 
 def generate(trainer, batch: GenerationBatch, prompt_ids: list[list[int]], sample: Sample) -> tuple:
@@ -43,17 +45,31 @@ def generate(trainer, batch: GenerationBatch, prompt_ids: list[list[int]], sampl
     # Rows of a prompt that begin alike are neighbours then, which an engine gets as one request.
     first = {prompt: place for place, prompt in reversed(list(enumerate(ids.tolist())))}
     rest.sort(key=lambda row: (first[ids[row]], len(rollouts[row][0])))
-    if rest:
-        sampled = sample_rest(trainer, batch, prompts, rest, sample)
-        for row, continuation in zip(rest, sampled, strict=True):
+    for part in _calls(trainer, rest, rollouts):
+        sampled = sample_rest(trainer, batch, prompts, part, sample)
+        for row, continuation in zip(part, sampled, strict=True):
             rollouts[row] = tuple(np.concatenate(both) for both in zip(rollouts[row], continuation, strict=True))
-        if not trainer.use_vllm:  # transformers' generate tells no log-probs
-            scored = score(trainer, batch, prompts, {row: rollouts[row][0] for row in rest})
-            for row in rest:
-                rollouts[row] = rollouts[row][0], scored[row]
+    if not trainer.use_vllm:  # transformers' generate tells no log-probs
+        scored = score(trainer, batch, prompts, {row: rollouts[row][0] for row in rest})
+        for row in rest:
+            rollouts[row] = rollouts[row][0], scored[row]
     mine = rollouts[batch.share_of(ids)]
     tokens, logps = ([of_row.tolist() for of_row in column] for column in zip(*mine, strict=True))
     return tokens, logps if trainer.use_vllm else None
+
+
+def _calls(trainer, rest: list[int], rollouts: list[Rollout]) -> list[list[int]]:
+    """
+    The rows of each call. An engine gets all at once; transformers' `generate` pads all to the longest beginning and
+    goes on with all as far as the one with the most room, so it gets those that begin at about the same length.
+    """
+    if trainer.use_vllm:
+        return [rest] * bool(rest)
+    limit = trainer.args.max_completion_length
+    parts: list[list[int]] = [[] for _ in range(MOST_CALLS)]
+    for row in rest:
+        parts[len(rollouts[row][0]) * MOST_CALLS // limit].append(row)
+    return [part for part in parts if part]
 
 
 def is_finished(trainer, tokens: np.ndarray) -> bool:

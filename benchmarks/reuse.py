@@ -197,10 +197,10 @@ def one_engine() -> None:
 def savings(engine: str, num_tokens: int, learning_rate: float, num_passes: int, rounds: int) -> dict:
     """(b), of passes of one step."""
     settings = {
-        "num_prompts": 8,
+        "num_prompts": 16,
         "num_generations": 8,
         "per_device_train_batch_size": 16,
-        "gradient_accumulation_steps": 4,
+        "gradient_accumulation_steps": 8,
         "max_completion_length": num_tokens,
         "max_steps": num_passes,
         "learning_rate": learning_rate,
@@ -236,19 +236,22 @@ def main():
     parser.add_argument("--rows", type=int, default=4096, help="completions of a prompt, for the distributions")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a completion at most, for the savings")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
+    parser.add_argument("--parts", nargs="+", default=["error", "transformers", "vllm"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4], help="learning rates, for the savings")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, list] = {"error": [], "savings": []}
-    for rate in (1e-3, 1e-2):
-        result["error"].append(error_by_token(args.rows, 16, rate))
-        print({name: result["error"][-1][name] for name in ("learning_rate", "sampled_tokens", "mean")}, flush=True)
-    for engine in args.engines:
-        for rate in (1e-5, 1e-4, 1e-3):
-            result["savings"].append(savings(engine, args.tokens, rate, num_passes=4, rounds=args.rounds))
-            print(result["savings"][-1], flush=True)
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
+    result = json.loads(args.output.read_text()) if args.output.exists() else {}
+
+    def note(part: str, measured: list[dict]) -> None:
+        result[part] = measured
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(measured[-1], flush=True)
+
+    if "error" in args.parts:
+        note("error", [error_by_token(args.rows, 16, rate) for rate in (1e-3, 1e-2)])
+    for engine in {"transformers", "vllm"} & set(args.parts):
+        note(engine, [savings(engine, args.tokens, rate, num_passes=3, rounds=args.rounds) for rate in args.rates])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def make_config(tmp_path, **settings):
         ),
         ({"reuse_rollouts": True, "top_p": 0.9}, "reuse_rollouts is True and top_p 0.9.*Leave top_p out"),
         ({"reuse_rollouts": True, "generation_kwargs": {"stop": "a"}}, "reuse_rollouts is True and generation_kwargs"),
-        ({"reuse_rollouts": True, "vllm_structured_outputs_regex": "a"}, "True and vllm_structured_outputs_regex 'a'"),
+        ({"reuse_rollouts": True, "vllm_structured_outputs_regex": "a"}, "reuse_rollouts is True and vllm_struct"),
         (
             {"reuse_rollouts": True, "use_transformers_continuous_batching": True},
             "reuse_rollouts is True, and.*Set use_transformers_continuous_batching",

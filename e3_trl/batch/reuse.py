@@ -17,8 +17,8 @@ from .row_sampling import rows_sampled
 Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 # A completion's tokens and log-probs, as the store has them.
 Rollout = tuple[np.ndarray, np.ndarray]
-# Of transformers' `generate` for a round.
-MOST_CALLS = 4
+# Of each process in a call of transformers' `generate`, where there are several.
+FEWEST_ROWS = 32
 
 
 def generate(trainer, batch: GenerationBatch, prompt_ids: list[list[int]], sample: Sample) -> tuple:
@@ -61,15 +61,19 @@ def generate(trainer, batch: GenerationBatch, prompt_ids: list[list[int]], sampl
 def _calls(trainer, rest: list[int], rollouts: list[Rollout]) -> list[list[int]]:
     """
     The rows of each call. An engine gets all at once; transformers' `generate` pads all to the longest beginning and
-    goes on with all as far as the one with the most room, so it gets those that begin at about the same length.
+    goes on with all as far as the one with the most room, so it gets those that begin at about the same length, unless
+    they are so few that a call costs more than they do.
     """
-    if trainer.use_vllm:
-        return [rest] * bool(rest)
-    limit = trainer.args.max_completion_length
-    parts: list[list[int]] = [[] for _ in range(MOST_CALLS)]
-    for row in rest:
-        parts[len(rollouts[row][0]) * MOST_CALLS // limit].append(row)
-    return [part for part in parts if part]
+    limit, quarters = trainer.args.max_completion_length, range(4)
+    of_quarter = [[row for row in rest if len(rollouts[row][0]) * 4 // limit == quarter] for quarter in quarters]
+    fewest = len(rest) if trainer.use_vllm else FEWEST_ROWS * trainer.accelerator.num_processes
+    calls: list[list[int]] = []
+    for rows in filter(None, of_quarter):
+        if calls and min(len(calls[-1]), len(rows)) < fewest:
+            calls[-1] += rows
+        else:
+            calls.append(rows)
+    return calls
 
 
 def is_finished(trainer, tokens: np.ndarray) -> bool:

@@ -42,6 +42,19 @@ COMBINATIONS: list[Combination] = [
         )
         for name, is_on in SAMPLERS.items()
     ),
+    *(
+        (
+            lambda c, name=name, is_on=is_on: c.reuse_rollouts and is_on(getattr(c, name)),
+            f"reuse_rollouts is True and {name} {{c.{name}!r}}: tokens are then not sampled from the policy, by whose "
+            f"log-probs old ones are verified. Leave {name} out, or set reuse_rollouts to False.",
+        )
+        for name, is_on in {**SAMPLERS, "generation_kwargs": bool, "vllm_structured_outputs_regex": bool}.items()
+    ),
+    (
+        lambda c: c.reuse_rollouts and c.use_transformers_continuous_batching,
+        "reuse_rollouts is True, and transformers' continuous batching has not been tried with completions that are "
+        "gone on with. Set use_transformers_continuous_batching or reuse_rollouts to False.",
+    ),
     (
         lambda c: c.advantage_scale == "mean" and c.scale_rewards != "group",
         "advantage_scale is 'mean' and scale_rewards {c.scale_rewards!r}: both say what advantages are divided by. "
@@ -101,6 +114,7 @@ TEXT_ONLY = {
     "entropy_weighting": lambda c: c.entropy_weighting,
     "rollout_allocation": lambda c: c.rollout_allocation in ROUND_RULES,
     "temperature_spread": lambda c: c.temperature_spread > 0,
+    "reuse_rollouts": lambda c: c.reuse_rollouts,
 }
 
 

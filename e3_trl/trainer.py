@@ -1,17 +1,17 @@
 """[`E3GRPOTrainer`]: GRPO with dynamic rollout budgets and a temperature schedule."""
 
-import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from .batch import steps
+from .batch import reuse, steps
 from .batch.batch import GenerationBatch, Round
 from .batch.prompt_ids import PROMPT_ID, IndexedCollator, IndexedPrompts
 from .batch.rollout_func import check_rollouts
 from .batch.rounds import OneCall, sampling_of
+from .batch.row_sampling import rows_sampled
 from .batch.sampler import RolloutBudgetSampler
 from .callbacks import TelemetryCallback, TemperatureCallback, clamp_rules
 from .checks import check_run, correctness_column, initial_difficulty
@@ -20,8 +20,10 @@ from .grpo.trainer import FastGRPOTrainer
 from .method.budget_rules import load_rule
 from .method.difficulty import DifficultyTracker
 from .method.temperature import TemperatureSchedule, spread_temperatures
+from .paper import PAPER
 from .runs.dashboards import DASHBOARDS, DashboardCallback
 from .runs.rollout_log import RolloutLog
+from .runs.rollout_store import RolloutStore
 
 
 class E3GRPOTrainer(FastGRPOTrainer):
@@ -32,7 +34,8 @@ class E3GRPOTrainer(FastGRPOTrainer):
     prompt follows the prompt's difficulty (`rollout_allocation`), and the temperature follows the policy's entropy
     (`temperature_schedule`). More can be switched on: a length bias for easy prompts (`length_bias_coef`), DAPO's
     dynamic sampling (`dynamic_sampling`), PREPO's choice of prompts by perplexity (`prompt_selection_ratio`) and
-    weighting by entropy (`entropy_weighting`), and a temperature by difficulty (`temperature_spread`).
+    weighting by entropy (`entropy_weighting`), a temperature by difficulty (`temperature_spread`), and old completions
+    that are gone on with (`reuse_rollouts`).
 
     Where the paper is:
 
@@ -53,6 +56,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
     | `_get_dataloader` | give every prompt an id, which the trainer alone sees |
     | `_generate_and_score_completions` | the pipeline of a generation batch; advantages for groups of any size |
     | `_generate` | sample in one call, or in rounds (DAPO, a pilot), each row at its temperature |
+    | `_generate_single_turn` | begin with what is left of the completions of the pass before |
     | `_calculate_rewards` | keep the rewards of all processes; score each round once |
 
     Args:
@@ -80,17 +84,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "e3"]
     _name = "E3"
-    _paper = {
-        "title": "Enhancing Efficiency and Exploration in Reinforcement Learning for LLMs",
-        "id": "2505.18573",
-        "citation": textwrap.dedent("""\
-            @article{liao2025enhancing,
-                title        = {{Enhancing Efficiency and Exploration in Reinforcement Learning for LLMs}},
-                author       = {Mengqi Liao and others},
-                year         = 2025,
-                eprint       = {arXiv:2505.18573},
-            }"""),
-    }
+    _paper = PAPER
 
     _batch: GenerationBatch | None = None
     _sampling: OneCall | None = None
@@ -131,9 +125,10 @@ class E3GRPOTrainer(FastGRPOTrainer):
         self.show_column(PROMPT_ID)
         self.correctness_column = correctness_column(args, self.reward_func_names)
         self.loss_steps.estimates_entropy = args.entropy_estimator == "sampled"
-        self.lifecycle.parts["rollout_log"] = self.rollout_log
-        if self.difficulty_tracker is not None:
-            self.lifecycle.parts["difficulty"] = self.difficulty_tracker
+        self.rollout_store = RolloutStore(self.accelerator.is_main_process) if args.reuse_rollouts else None
+        tracker, store = self.difficulty_tracker, self.rollout_store
+        parts = {"rollout_log": self.rollout_log, "difficulty": tracker, "rollouts": store}
+        self.lifecycle.parts |= {name: part for name, part in parts.items() if part is not None}
         if args.temperature_spread > 0:
             self.row_temperatures.attach(self.model, self.ref_model)
         if args.temperature_schedule == "entropy":
@@ -167,6 +162,13 @@ class E3GRPOTrainer(FastGRPOTrainer):
             difficulty, self.temperature, args.temperature_spread, args.temperature_min, args.temperature_max
         )
 
+    def row_temperatures_of(self, batch: GenerationBatch, prompt_ids: np.ndarray) -> torch.Tensor | None:
+        """[`E3GRPOTrainer.temperature_of`] the model's rows of these prompts; `None` = they have the trainer's."""
+        if self.args.temperature_spread == 0:
+            return None
+        temperatures = self.temperature_of(batch, prompt_ids)
+        return torch.tensor(temperatures, dtype=torch.float32, device=self.accelerator.device)
+
     # --- a generation batch: choose prompts, give budgets, sample, score, count, shape, compare, weigh
 
     def _get_train_sampler(self, dataset=None):
@@ -197,6 +199,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
             steps.choose_prompts(self, batch)  # those that the sampler gave, or some of them (PREPO, DPS)
             output = super()._generate_and_score_completions(batch.examples)
             steps.count(self, batch)  # towards difficulty; rollouts.jsonl, metrics
+            steps.store(self, batch)  # for the next pass to begin with
             steps.shape_rewards(self, batch)  # length bias
             steps.compute_advantages(self, batch)  # Eq. 2, groups of any size
             steps.weigh_by_entropy(self, batch, output)  # PREPO
@@ -224,8 +227,15 @@ class E3GRPOTrainer(FastGRPOTrainer):
         if self.evaluation is not None or self._sampling is None:
             return super()._generate(prompts)
         output = self._sampling.generate(prompts)
-        self._set_row_temperatures(self._batch.of_kept(self._batch.sampled_ids)[self._batch.share])
+        trained_ids = self._batch.of_kept(self._batch.sampled_ids)[self._batch.share]
+        self.row_temperatures.set(self.row_temperatures_of(self._batch, trained_ids))
         return output
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        sample = super()._generate_single_turn
+        if self.evaluation is not None or self._batch is None or self.rollout_store is None:
+            return sample(prompt_ids, *args, **kwargs)
+        return reuse.generate(self, self._batch, prompt_ids, lambda prompts: sample(prompts, *args, **kwargs))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         steps.log_prompt_ids(self, self._batch, len(prompts))
@@ -236,11 +246,7 @@ class E3GRPOTrainer(FastGRPOTrainer):
     def sample_round(self, newest: Round, prompts: list) -> tuple:
         """What TRL's `_generate` returns, for a round of the batch."""
         batch, ids = self._batch, newest.prompt_ids
-        self._set_row_temperatures(ids[batch.share_of(ids)])
-        at_temperatures = nullcontext()
-        if self.use_vllm and self.args.temperature_spread > 0:
-            at_temperatures = self.vllm_generation.at_temperatures(self.temperature_of(batch, ids))
-        with at_temperatures:
+        with rows_sampled(self, batch, ids, batch.share_of(ids)):
             output = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, *_ = output
         if self.rollout_func is not None and batch.indexed and self.args.gives_budgets:
@@ -252,9 +258,3 @@ class E3GRPOTrainer(FastGRPOTrainer):
     def score_round(self, newest: Round, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
         """Rewards of a round's rows of all processes, by function: what is counted and compared."""
         return super()._calculate_rewards(newest.examples, prompts, completions, completion_ids)
-
-    def _set_row_temperatures(self, prompt_ids: np.ndarray) -> None:
-        """The model computes rows of these prompts from now on."""
-        if self.args.temperature_spread > 0:
-            temperatures = self.temperature_of(self._batch, prompt_ids)
-            self.row_temperatures.set(torch.tensor(temperatures, dtype=torch.float32, device=self.accelerator.device))

@@ -45,6 +45,13 @@ def make_config(tmp_path, **settings):
             {"temperature_spread": 0.5, "use_transformers_continuous_batching": True},
             "temperature_spread is 0.5, and.*Set use_transformers_continuous_batching to False",
         ),
+        ({"reuse_rollouts": True, "top_p": 0.9}, "reuse_rollouts is True and top_p 0.9.*Leave top_p out"),
+        ({"reuse_rollouts": True, "generation_kwargs": {"stop": "a"}}, "reuse_rollouts is True and generation_kwargs"),
+        ({"reuse_rollouts": True, "vllm_structured_outputs_regex": "a"}, "reuse_rollouts is True and vllm_struct"),
+        (
+            {"reuse_rollouts": True, "use_transformers_continuous_batching": True},
+            "reuse_rollouts is True, and.*Set use_transformers_continuous_batching",
+        ),
         ({"success_decay": 0.0}, "success_decay is 0.0. Set"),
         ({"success_prior": -1.0}, "success_prior is -1.0. Set"),
         ({"temperature_schedule": "cosine"}, "temperature_schedule is 'cosine'. Set"),

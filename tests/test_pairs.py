@@ -65,6 +65,7 @@ OPTIONS = [
     {"length_bias_coef": 0.05, "length_bias_fraction": 0.5},
     {"difficulty_column": "level", "train_dataset": RATED},
     {"entropy_estimator": "sampled"},
+    {"reuse_rollouts": True},
     {"micro_batching": "tokens"},
     {"num_iterations": 2},
     {"beta": 0.1},

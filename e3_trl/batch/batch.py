@@ -18,12 +18,16 @@ class Round:
         examples (`list[dict]`): this process's rows, without their ids.
         lengths (`torch.Tensor` of shape `(N,)`): tokens that the model wrote in each row, once it is sampled.
         rewards (`torch.Tensor` of shape `(N, num_funcs)`): of each reward function, NaN = none, once it is scored.
+        rollouts (`list` of N pairs of arrays): with `reuse_rollouts`, each row's tokens and their log-probs.
+        num_reused (`int`): how many of these tokens were not sampled anew.
     """
 
     prompt_ids: np.ndarray
     examples: list[dict]
     lengths: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+    rollouts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
+    num_reused: int = 0
 
 
 @dataclass

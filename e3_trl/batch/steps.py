@@ -86,6 +86,20 @@ def count(trainer, batch: GenerationBatch) -> None:
         trainer.difficulty_tracker.observe(batch.sampled_ids, correctness)
 
 
+def store(trainer, batch: GenerationBatch) -> None:
+    """
+    With `reuse_rollouts`, keep what was sampled, for these prompts' next batch to begin with; of prompts that were
+    never solved nothing, for that would be their failures again.
+    """
+    if trainer.rollout_store is None:
+        return
+    reused = sum(one.num_reused for one in batch.rounds)
+    trainer.add_metric("rollouts/reused", reused / batch.lengths.sum().item())
+    rollouts = [rollout for one in batch.rounds for rollout in one.rollouts]
+    solved = trainer.difficulty_tracker.num_correct[batch.sampled_ids] > 0
+    trainer.rollout_store.put(batch.sampled_ids, rollouts, solved)
+
+
 def shape_rewards(trainer, batch: GenerationBatch) -> None:
     """The rewards that are compared: with a length bias, correct completions of easy prompts lose part of theirs."""
     rewards = batch.shaped_rewards = batch.of_kept(batch.rewards).clone()

@@ -10,6 +10,9 @@ METHODS = {
         "_compute_loss": ("model", "inputs"),
         "_generate": ("prompts",),
         "_generate_and_score_completions": ("inputs",),
+        "_generate_single_turn": (
+            "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images",
+        ),
         "_get_dataloader": (
             "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
         ),
@@ -70,6 +73,7 @@ ATTRIBUTES = {
     "callback_handler": "its list of callbacks",
     "data_collator": "makes the rows of a batch",
     "environment_factories": "environments make prompts, or `None`",
+    "eos_token_ids": "tokens that end a completion",
     "gather_function": "gathers the losses of an evaluation",
     "generation_config": "what transformers' generate is told",
     "generation_kwargs": "and what it is told beside it",

@@ -1,8 +1,10 @@
 """vLLM for groups of different sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import count, groupby
+from types import MappingProxyType
 
 import numpy as np
 import requests
@@ -12,6 +14,10 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..runs.lifecycle import RunCannotGoOn
 from .evaluation import SampledAhead
+
+
+# Requests to a server at once, as many as TRL's client keeps connections.
+MOST_REQUESTS = 64
 
 
 class VLLMServerError(RunCannotGoOn, ConnectionError):
@@ -76,7 +82,7 @@ class RolloutGeneration(VLLMGeneration):
 
     _text_is_read: bool = True
     _seeds: Iterator[int] | None = None
-    _temperatures: list[float] | None = None
+    _of_rows: Mapping[str, list] = MappingProxyType({})
     _ahead: SampledAhead | None = None
     _server_error: str | None = None
 
@@ -113,21 +119,27 @@ class RolloutGeneration(VLLMGeneration):
             self._seeds = None
 
     @contextmanager
-    def at_temperatures(self, temperatures: np.ndarray) -> Iterator[None]:
+    def rows_with(self, **of_rows: np.ndarray) -> Iterator[None]:
         """
-        Inside, the rows of a colocated engine have temperatures of their own, and not the one that TRL hands it.
+        Inside, rows have sampling parameters of their own, and not those that TRL hands the engine.
 
         Args:
-            temperatures (`np.ndarray` of shape `(N,)`): temperature of each row, over all processes.
+            **of_rows (`np.ndarray` of shape `(N,)`):
+                `temperature` or `max_tokens` of each row, over all processes. To a server, `max_tokens` alone.
         """
-        # Processes that share an engine share its rows.
-        engine = self.accelerator.process_index // self.tensor_parallel_size
-        num_engines = self.accelerator.num_processes // self.tensor_parallel_size
-        self._temperatures = np.split(temperatures, num_engines)[engine].tolist()
+        before = self._of_rows
+        self._of_rows = before | {name: self._rows_of_engine(values).tolist() for name, values in of_rows.items()}
         try:
             yield
         finally:
-            self._temperatures = None
+            self._of_rows = before
+
+    def _rows_of_engine(self, values: np.ndarray) -> np.ndarray:
+        if self.mode == "server":
+            return values
+        # Processes that share an engine share its rows.
+        engine = self.accelerator.process_index // self.tensor_parallel_size
+        return np.split(values, self.accelerator.num_processes // self.tensor_parallel_size)[engine]
 
     @contextmanager
     def sampling_ahead(self, prompts: list[list[int]]) -> Iterator[None]:
@@ -148,38 +160,60 @@ class RolloutGeneration(VLLMGeneration):
             whole_call = seeded_engine(next(self._seeds), self.accelerator.device)
         if is_merged:
             detokenize = sampling_params.detokenize and (self._text_is_read or needs_text(sampling_params))
-            prompts, sampling_params = self._merge(prompts, sampling_params, detokenize, self._temperatures)
+            prompts, sampling_params = self._merge(prompts, sampling_params, detokenize, self._of_rows)
         with whole_call:
             return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
 
     @staticmethod
-    def _merge(
-        prompts: list[dict], params, detokenize: bool, temperatures: list[float] | None
-    ) -> tuple[list[dict], list]:
-        """Requests in place of neighbouring rows with the same prompt and temperature."""
-        if temperatures is None:
-            temperatures = [params.temperature] * len(prompts)
+    def _merge(prompts: list[dict], params, detokenize: bool, of_rows: Mapping[str, list]) -> tuple[list[dict], list]:
+        """Requests in place of neighbouring rows with the same prompt and sampling parameters."""
 
         def request(row: int):
-            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), temperatures[row]
+            own = [values[row] for values in of_rows.values()]
+            return prompts[row]["prompt_token_ids"], prompts[row].get("multi_modal_data"), own
 
         merged_prompts, merged_params = [], []
-        for _, group in groupby(range(len(prompts)), key=request):
+        for (_, _, own), group in groupby(range(len(prompts)), key=request):
             first, *copies = group
             merged_prompts.append(prompts[first])
             merged_params.append(params.clone())
             merged_params[-1].n = 1 + len(copies)
-            merged_params[-1].temperature = temperatures[first]
             merged_params[-1].detokenize = detokenize
+            for name, value in zip(of_rows, own, strict=True):
+                setattr(merged_params[-1], name, value)
         return merged_prompts, merged_params
 
     def _generate_or_nothing(self, **kwargs):
         # TRL hands the main process's answer to all ranks, so an empty one tells them all.
         try:
-            return self._client_generate(**kwargs)
+            within = self._generate_within_limits if "max_tokens" in self._of_rows else self._client_generate
+            return within(**kwargs)
         except Exception as error:  # TRL's client raises plain ones for what the server refuses
             self._server_error = str(error)
             return {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+
+    def _generate_within_limits(self, prompts, **kwargs):
+        """A request for the rows of each limit, for one has one limit; and many of them at once."""
+        limits = np.array(self._of_rows["max_tokens"])
+
+        def generate(limit: int) -> tuple[np.ndarray, dict]:
+            rows = np.flatnonzero(limits == limit)
+            return rows, self._client_generate(
+                **kwargs | {"prompts": [prompts[row] for row in rows], "max_tokens": limit}
+            )
+
+        distinct = np.unique(limits).tolist()
+        with ThreadPoolExecutor(max_workers=min(len(distinct), MOST_REQUESTS)) as pool:
+            rows, outputs = zip(*pool.map(generate, distinct), strict=True)
+        places = np.argsort(np.concatenate(rows))
+
+        def in_order(name: str) -> list | None:
+            if any(output.get(name) is None for output in outputs):
+                return None
+            values = [value for output in outputs for value in output[name]]
+            return [values[place] for place in places]
+
+        return {name: in_order(name) for name in outputs[0]}
 
     def _update_or_nothing(self, metadata, parameters):
         try:

@@ -214,6 +214,32 @@ def test_a_tied_head_arrives(tmp_path, request, tied_model, lora):
     assert max(differences) < {"float32": 1e-3, "bfloat16": 0.03}[dtype]
 
 
+def test_old_completions_are_gone_on_with_as_far_as_each_has_room(make_trainer, float32_engine):
+    """Each at its temperature of now, and with log-probs as if it were sampled now, which training computes too."""
+    trainer = make_trainer(
+        **VLLM, reuse_rollouts=True, temperature_spread=1.0, temperature_schedule="constant", learning_rate=3e-3
+    )
+    asked, generate = [], trainer.vllm_generation._llm_generate
+
+    def spy(prompts, sampling_params, **kwargs):
+        temperatures = dict(zip(known, trainer.temperature_of(trainer._batch, np.arange(16)), strict=True))
+        for request, params in zip(prompts, sampling_params, strict=True):
+            tokens = tuple(request["prompt_token_ids"])
+            prompt = next(prompt for prompt in known if tokens[: len(prompt)] == prompt)
+            asked.append(len(tokens) - len(prompt))
+            assert params.max_tokens == 8 - asked[-1]
+            assert params.temperature == pytest.approx(temperatures[prompt])
+        return generate(prompts, sampling_params=sampling_params, **kwargs)
+
+    known = [tuple(trainer.processing_class(prompt)["input_ids"]) for prompt in make_dataset()["prompt"]]
+    trainer.vllm_generation._llm_generate = spy
+    trainer.train()
+    assert sum(map(bool, asked)) > 20
+    assert 0.1 < np.mean(logged(trainer, "rollouts/reused")[4:]) < 0.95
+    assert max(logged(trainer, "completions/max_length")) == 8
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+
+
 def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine):
     """Whatever its engine has drawn before; test_zero3.py resumes with new ones."""
     settings = {**VLLM, "save_strategy": "steps", "save_steps": 6}

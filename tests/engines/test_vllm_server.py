@@ -7,10 +7,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import torch
-from conftest import logged
+from conftest import batches_after, logged, make_dataset
 from transformers import TrainerCallback
 from trl.generation.vllm_client import VLLMClient
 
@@ -127,9 +128,20 @@ def test_a_server_that_was_not_started(make_trainer, model_path, port):
         make_trainer(**settings(port))
 
 
+@pytest.fixture
+def no_server(monkeypatch, no_weight_transfer):
+    """Without a server, which without a GPU has no part in this: all that it is asked for succeeds."""
+    monkeypatch.setattr(requests, "get", lambda *args, **kwargs: requests.models.Response())
+    monkeypatch.setattr(requests.models.Response, "raise_for_status", lambda self: None)
+    monkeypatch.setattr(VLLMClient, "check_server", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(VLLMClient, "_get", lambda self, url: {"data": [{"id": "model"}]})
+    info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
+    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
+    monkeypatch.setattr(VLLMClient, "reset_prefix_cache", lambda self: None)
+
+
 @pytest.mark.parametrize("method", ["update_named_params", "reset_prefix_cache"])
-def test_a_server_that_dies_while_it_gets_weights(make_trainer, monkeypatch, port, no_weight_transfer, method):
-    """Without a server, which without a GPU has no part in this: all that it is asked for succeeds, until it fails."""
+def test_a_server_that_dies_while_it_gets_weights(make_trainer, monkeypatch, port, no_server, method):
     row = {"prompt_ids": [2], "completion_ids": [3, 1], "logprobs": [[[-1.0]] * 2], "logprob_token_ids": [[[3], [1]]]}
     calls = []
 
@@ -143,19 +155,46 @@ def test_a_server_that_dies_while_it_gets_weights(make_trainer, monkeypatch, por
             name: [row[name]] * len(prompts) if name.endswith("_ids") else row[name] * len(prompts) for name in row
         }
 
-    monkeypatch.setattr(requests, "get", lambda *args, **kwargs: requests.models.Response())
-    monkeypatch.setattr(requests.models.Response, "raise_for_status", lambda self: None)
-    monkeypatch.setattr(VLLMClient, "check_server", lambda self, *args, **kwargs: None)
-    monkeypatch.setattr(VLLMClient, "_get", lambda self, url: {"data": [{"id": "model"}]})
-    info = {"model_config": {"logprobs_mode": "processed_logprobs"}}
-    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
     monkeypatch.setattr(VLLMClient, "generate", generate)
-    monkeypatch.setattr(VLLMClient, "reset_prefix_cache", lambda self: None)
     monkeypatch.setattr(VLLMClient, method, fail)
     trainer = make_trainer(**settings(port), save_strategy="steps", save_steps=100)
     with pytest.raises(VLLMServerError, match="failed: it is gone.*start it with"):
         trainer.train()
     assert (Path(trainer.args.output_dir) / "checkpoint-3" / "trainer_state.json").exists()
+
+
+def test_a_server_gets_a_request_for_each_limit_and_its_answers_go_to_their_rows(
+    make_trainer, monkeypatch, port, no_server
+):
+    """Of old completions that are gone on with: what it answers names the row by its first token."""
+    limits, rng = [], np.random.default_rng(0)
+
+    def generate(self, prompts, max_tokens, **kwargs):
+        limits.append(max_tokens)
+        first = [sum(prompt) % 30 + 4 for prompt in prompts]
+        lengths = rng.integers(1, max_tokens + 1, len(prompts))
+        return {
+            "prompt_ids": prompts,
+            "completion_ids": [[token] * length for token, length in zip(first, lengths, strict=True)],
+            "logprobs": [[[-6.0]] * length for length in lengths],
+            "logprob_token_ids": None,
+        }
+
+    monkeypatch.setattr(VLLMClient, "generate", generate)
+    with batches_after("store") as batches:
+        trainer = make_trainer(**settings(port, reuse_rollouts=True, temperature_schedule="constant", max_steps=8))
+        trainer.train()
+    prompts = [trainer.processing_class(prompt)["input_ids"] for prompt in make_dataset()["prompt"]]
+    num_continued = 0
+    for batch in batches:
+        for prompt_id, (tokens, _) in zip(batch.sampled_ids, batch.round.rollouts, strict=True):
+            # Where it was sampled from, what follows is of one token, which tells what the server was given.
+            begun = next(place for place in range(8) if len(set(tokens[place:].tolist())) == 1)
+            assert tokens[begun] == (sum(prompts[prompt_id]) + sum(tokens[:begun].tolist())) % 30 + 4
+            assert len(tokens) <= 8
+            num_continued += begun > 0
+    assert num_continued > 10
+    assert len(set(limits)) > 3
 
 
 @pytest.mark.skipif(GPUS < 2, reason="weight transfer to a vLLM server is NCCL between two GPUs")

@@ -98,7 +98,9 @@ ON_ONE_RANK = {
 # Where it is built for GPUs, it does not run on a CPU, where these ranks are.
 HAS_VLLM = importlib.util.find_spec("vllm") is not None and not torch.cuda.is_available()
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
-ENGINES = {"transformers": {}, "vllm": VLLM} if HAS_VLLM else {"transformers": {}}
+# Old completions are shared out anew over the ranks, and what is left to sample of them.
+REUSE = {"reuse_rollouts": True}
+ENGINES = {"transformers": REUSE, "vllm": REUSE | VLLM} if HAS_VLLM else {"transformers": REUSE}
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM for CPUs is not installed: `make install` brings it")
 
 

@@ -92,7 +92,7 @@ def force_completions(trainer, tokens=(2, 40), engine=False):
     if engine:
         trainer.use_vllm, trainer._last_loaded_step = True, -1
         trainer.vllm_generation = SimpleNamespace(
-            seeded=lambda key: nullcontext(), at_temperatures=lambda each: nullcontext(), sync_weights=lambda: None
+            seeded=lambda key: nullcontext(), rows_with=lambda **of_rows: nullcontext(), sync_weights=lambda: None
         )
 
 

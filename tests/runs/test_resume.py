@@ -72,6 +72,7 @@ def assert_same_run(resumed, whole):
         (8, {"success_decay": 0.5, "temperature_spread": 0.5}),  # a temperature for each
         (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
         (8, {**WINDOW, "rollout_allocation": "vigor", "max_steps": 40, "save_steps": 1}),
+        (8, {"reuse_rollouts": True, "temperature_spread": 0.5, "learning_rate": 3e-3}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
         (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),

@@ -38,6 +38,7 @@ TABLE = {
         "difficulty_reward_func is length_reward, and was vowel_reward",
         {"reward_funcs": [vowel_reward, length_reward]},
     ),
+    "reuse_rollouts": (True, OBEYED, {}),
     "entropy_estimator": ("sampled", OBEYED, {}),
     "advantage_scale": ("mean", OBEYED, {}),
     "length_bias_coef": (0.5, OBEYED, {"length_bias_fraction": 1.0}),

@@ -11,14 +11,13 @@ from e3_trl.runs.rollout_log import RolloutLog
 
 
 @pytest.fixture
-def small_study(tmp_path, monkeypatch):
+def small_study(tmp_path):
     study = run.read_study(run.STUDY)
     of_rules = {"problems": {"train": 1, "test": 1}, "steps": 2, "seeds": 1, "methods": ["grpo", "e3"]}
     study["tasks"] = {"rules": study["tasks"]["rules"] | of_rules}
     study["settings"] |= {"num_train_epochs": 8, "eval_steps": 2}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    monkeypatch.setattr(report, "STUDY", path)
     return run.Arguments(config=str(path), output_dir=str(tmp_path / "study"), processes=1)
 
 
@@ -40,6 +39,7 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     assert [job.result.exists() for job in many] == [True] * 3
 
     folders = {"results_dir": str(tmp_path / "results"), "figures_dir": str(tmp_path / "figures")}
+    folders["config"] = small_study.config
     report.main(report.Arguments(study_dir=small_study.output_dir, **folders))
     assert "| e3 | 1 |" in capsys.readouterr().out
     found = json.loads((tmp_path / "results" / "study.json").read_text())
@@ -74,6 +74,14 @@ def test_what_replay_foretells_is_set_beside_what_runs_had(tmp_path):
     assert found["signal"]["measured"] == pytest.approx(6 / 8 - 4 / 8)
     assert found["all_wrong"]["measured"] == 0
     assert found["signal"]["foretold"] > 0, "more for the prompt that is sometimes solved"
+
+
+def test_learning_rates_are_tried_on_every_method(small_study):
+    small_study.learning_rates = [1e-4, 4e-4]
+    _, runs, many = run.all_jobs(small_study, run.read_study(small_study.config))
+    assert [job.name for job in runs] == ["grpo@0.0001", "grpo@0.0004", "e3@0.0001", "e3@0.0004"]
+    assert {job.result.name for job in runs} == {f"{job.name}.json" for job in runs}
+    assert not many
 
 
 def test_what_is_not_in_the_study_is_named(small_study):

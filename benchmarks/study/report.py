@@ -1,12 +1,12 @@
 """
 What the study found: one table, two figures, and the numbers behind them.
 
-    python -m benchmarks.study.report [--study_dir outputs/study]
+    python -m benchmarks.study.report [--config benchmarks/study/study.yaml --study_dir outputs/study]
 
-Writes `study.json` (every number of every seed), `study.md` (the tables), `study_pass_at_k.png` and
-`study_differences.png`. It can be run while the study runs: what is there is reported, with the number of seeds. A
-task that is not in the folder stays as `study.json` has it. Within a task nothing is mixed: on another processor the
-same seed gives another base model, and a difference to GRPO is between runs from the same one.
+Writes, by the name of the study's file, `study.json` (every number of every seed), `study.md` (the tables),
+`study_pass_at_k.png` and `study_differences.png`. It can be run while the study runs: what is there is reported, with
+the number of seeds. A task that is not in the folder stays as `study.json` has it. Within a task nothing is mixed: on
+another processor the same seed gives another base model, and a difference to GRPO is between runs from the same one.
 """
 
 import json
@@ -35,18 +35,20 @@ MEASURES = {
     "all-wrong": "all-wrong, last quarter",
 }
 TITLES = {"rules": "(a) which rule", "chains": "(b) chains of actions", "sums": "(c) noisy sums"}
-IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo")
+IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo", "grpo_mean", "e3_mean", "e3_spread_mean")
 
 
 @dataclass
 class Arguments:
     """
     Args:
+        config (`str`): the study.
         study_dir (`str`): where the study has run.
-        results_dir (`str`): for `study.json` and `study.md`.
+        results_dir (`str`): for the numbers and the tables.
         figures_dir (`str`): for the figures.
     """
 
+    config: str = str(STUDY)
     study_dir: str = "outputs/study"
     results_dir: str = "benchmarks/results"
     figures_dir: str = "docs"
@@ -84,8 +86,9 @@ def measure(run: dict, base: dict, levels: list[str], goal: float | None) -> dic
     numbers["families solved"] = float(np.mean(solved))
     if run is base:
         return numbers
-    own = np.array(run["correct_at_own_temperature"])
-    numbers |= {f"own pass@{k}": mean_pass_at_k(own, k) for k in (1, 16, 64)}
+    if "correct_at_own_temperature" in run:
+        own = np.array(run["correct_at_own_temperature"])
+        numbers |= {f"own pass@{k}": mean_pass_at_k(own, k) for k in (1, 16, 64)}
     log = {name: np.array(values) for name, values in run["log"].items()}
     steps = len(log["entropy"])
     numbers["all-wrong"] = float(np.nanmean(log["rollouts/all_wrong"][-steps // 4 :]))
@@ -273,14 +276,15 @@ def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, 
 
 def main(args: Arguments) -> None:
     tasks, comparisons, to_e3, costs = {}, {}, {}, {}
-    text = "# The study\n\nMade by `python -m benchmarks.study.report`; what the columns mean stands at the end.\n\n"
-    study = read_study(str(STUDY))
+    study, name = read_study(args.config), Path(args.config).stem
+    text = f"# The study ({name}.yaml)\n\nMade by `python -m benchmarks.study.report --config {args.config}`; what the"
+    text += " columns mean stands at the end.\n\n"
     results, figures = Path(args.results_dir), Path(args.figures_dir)
     for task, of_task in study["tasks"].items():
         levels = list(dotted_path.load(of_task["task"]).levels)
         numbers = read_task(Path(args.study_dir) / task, levels)
         if "grpo" not in numbers:
-            numbers = read_results(results / "study.json", task)
+            numbers = read_results(results / f"{name}.json", task)
         if "grpo" not in numbers:
             continue
         tasks[task] = numbers = {m: numbers[m] for m in ["base", *study["methods"]] if m in numbers}
@@ -297,12 +301,12 @@ def main(args: Arguments) -> None:
     for folder in (results, figures):
         folder.mkdir(parents=True, exist_ok=True)
     differences = {"difference_to_grpo": comparisons, "difference_to_e3": to_e3}
-    write_json(results / "study.json", {"runs": tasks, **differences, "cost": costs})
-    (results / "study.md").write_text(text + COLUMNS)
-    draw_pass_at_k(tasks, figures / "study_pass_at_k.png")
+    write_json(results / f"{name}.json", {"runs": tasks, **differences, "cost": costs})
+    (results / f"{name}.md").write_text(text + COLUMNS)
+    draw_pass_at_k(tasks, figures / f"{name}_pass_at_k.png")
     first = next(iter(tasks))
     if comparisons[first]:
-        draw_differences(first, tasks[first], comparisons[first], figures / "study_differences.png")
+        draw_differences(first, tasks[first], comparisons[first], figures / f"{name}_differences.png")
     print(text)
 
 
@@ -317,8 +321,9 @@ fewer than three).
   temperature. *entropy*: nats per token there; *its error*: mean distance from its target as a part of it, second half
   of the run.
 - *rollouts*, *tokens*, *time*: of the whole run, as parts of GRPO's (medians; time with two runs at once, so rough).
-- *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated every 18 steps with 4 samples, first
-  reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that GRPO samples: medians,
+- *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated with 4 samples every so many steps as the
+  study's file says, first reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that
+  GRPO samples: medians,
   and in how many seeds it does. GRPO's own is below 1 because it levels off, and because an evaluation is noisy.
 """
 

@@ -70,14 +70,14 @@ def assert_same_run(resumed, whole):
         # a rule by success rate, with older rollouts counting less: in force is what was counted when the pass began
         (7, {"rollout_allocation": "knapsack", "success_decay": 0.5, "success_prior": 1.0}),
         (8, {"success_decay": 0.5, "temperature_spread": 0.5}),  # a temperature for each
-        (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 40, "save_steps": 1}),
-        (8, {**WINDOW, "rollout_allocation": "vigor", "max_steps": 40, "save_steps": 1}),
+        (8, {**WINDOW, "rollout_allocation": "pilot", "temperature_spread": 0.5, "max_steps": 24, "save_steps": 7}),
+        (8, {**WINDOW, "rollout_allocation": "vigor", "max_steps": 24, "save_steps": 7}),
         (8, {"reuse_rollouts": True, "temperature_spread": 0.5, "learning_rate": 3e-3}),
         (11, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 4}),
         # inside a generation window that spans several optimizer steps
-        (8, {**WINDOW, "max_steps": 40, "save_steps": 1}),
-        (31, {**WINDOW, "max_steps": 40, "save_steps": 2}),
-        (14, {"num_iterations": 3, "save_steps": 1, "max_steps": 30, "beta": 0.1}),
+        (8, {**WINDOW, "max_steps": 24, "save_steps": 7}),
+        (20, {**WINDOW, "max_steps": 26, "save_steps": 6}),
+        (14, {"num_iterations": 3, "save_steps": 13, "max_steps": 24, "beta": 0.1}),
     ],
     ids=str,
 )

@@ -96,9 +96,10 @@ def record_texts(trainer) -> list[str]:
 def float32_engine(monkeypatch):
     """
     vLLM takes float32 models down to bfloat16 unless it is told otherwise, which TRL does not offer. Tests to which
-    the type is all the same ask for it too, since that engine is there.
+    the type is all the same ask for it too, since that engine is there. Most of its start would be compiling, which
+    that of bfloat16 does.
     """
-    monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, dtype="float32"))
+    monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, dtype="float32", enforce_eager=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

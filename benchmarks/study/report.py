@@ -321,10 +321,10 @@ fewer than three).
   temperature. *entropy*: nats per token there; *its error*: mean distance from its target as a part of it, second half
   of the run.
 - *rollouts*, *tokens*, *time*: of the whole run, as parts of GRPO's (medians; time with two runs at once, so rough).
-- *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated with 4 samples every so many steps as the
-  study's file says, first reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that
-  GRPO samples: medians,
-  and in how many seeds it does. GRPO's own is below 1 because it levels off, and because an evaluation is noisy.
+- *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated with 4 samples as often as the study's
+  file says, first reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that GRPO
+  samples: medians, and in how many seeds it does. GRPO's own is below 1 because it levels off, and because an
+  evaluation is noisy.
 """
 
 

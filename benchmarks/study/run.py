@@ -226,17 +226,17 @@ def main(args: Arguments) -> None:
     study = read_study(args.config)
     bases, runs, many = all_jobs(args, study)
     processes = args.processes or len(os.sched_getaffinity(0))
-    for name, jobs in (("base models", bases), ("runs", runs), (f"times {MANY_SAMPLES} samples", many)):
-        left = [job for job in jobs if not job.result.exists()]
-        minutes = study.get("minutes", {}).get(name)
-        if minutes and left:
-            hours = minutes * math.ceil(len(left) / processes) / 60
-            estimate = f"About {hours:.1f} h, at {minutes} minutes each on a free core."
-        else:
-            estimate = "The bar says how long it will take."
-        print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. {estimate}", flush=True)
-        # Processes of their own, started anew: torch does not survive a fork.
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    # Processes of their own, started anew: torch does not survive a fork.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for name, jobs in (("base models", bases), ("runs", runs), (f"times {MANY_SAMPLES} samples", many)):
+            left = [job for job in jobs if not job.result.exists()]
+            minutes = study.get("minutes", {}).get(name)
+            if minutes and left:
+                hours = minutes * math.ceil(len(left) / processes) / 60
+                estimate = f"About {hours:.1f} h, at {minutes} minutes each on a free core."
+            else:
+                estimate = "The bar says how long it will take."
+            print(f"{len(jobs)} {name}, {len(left)} to do, {processes} at a time. {estimate}", flush=True)
             done = as_completed([pool.submit(run_job, job) for job in left])
             for future in tqdm(done, total=len(left), desc=name, smoothing=0):
                 future.result()

@@ -317,11 +317,6 @@ def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(installed / "e3_trl" / "__init__.py") in done.stdout.splitlines(), "not the clone's"
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 8
-    typo = recipe(num_generation=4)
-    done = run(*command, *arguments[:3], "--config", typo, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 1
-    assert "num_generation" in done.stderr
-    assert "Traceback" not in done.stderr
     done = run(*command, "plot", "run", "--output_dir", "figures", cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "figures").glob("*.png"))

@@ -35,7 +35,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import init_empty_weights
 from accelerate.commands.config.config_args import load_config_from_file
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from peft import get_peft_model
@@ -58,7 +57,8 @@ COLUMNS += ["peak"]
 
 def count_parameters(config, peft_config=None) -> dict[str, int]:
     """Number of parameters: `total` of the model, `largest` of its modules, and `trained`."""
-    with init_empty_weights():
+    # accelerate's `init_empty_weights` makes two tensors of tied embeddings.
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         total = sum(parameter.numel() for parameter in model.parameters())
         largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_dataset
+from conftest import make_dataset, save_tiny_model
 from hub_server import Hub
+from transformers import AutoConfig
 
 import e3_trl
 from e3_trl import __version__, cli
@@ -269,6 +270,17 @@ def test_memory_of_lora_in_any_data_type(recipe, dtype, as_much_as):
         weights[name] = memory.estimate(path, gpus=(40, 1, 1))["weights"]
     assert weights[dtype] == weights[as_much_as]
     assert (weights[dtype] == weights["float32"]) == (dtype == "auto")
+
+
+def test_memory_counts_tied_embeddings_once(tmp_path):
+    memory = pytest.importorskip(
+        "e3_trl.commands.memory", reason="DeepSpeed is not installed: `make install` brings it"
+    )
+    config = AutoConfig.from_pretrained(save_tiny_model(tmp_path, tie_word_embeddings=True))
+    embedding = config.vocab_size * config.hidden_size
+    tied = memory.count_parameters(config)["total"]
+    config.tie_word_embeddings = False
+    assert memory.count_parameters(config)["total"] == tied + embedding
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "notebooks/quickstart.ipynb": "notebook.md",
+    "notebooks/gsm8k.ipynb": "notebook_gsm8k.md",
     "recipes/README.md": "recipes.md",
     "benchmarks/results/study.md": "study.md",
     "CONTRIBUTING.md": "contributing.md",

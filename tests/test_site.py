@@ -52,7 +52,7 @@ def test_pages_read_as_they_do_in_the_repository(site):
         assert re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*"https?://[^>]*', page) == [], name
     assert 'href="https://example.org/me/e3/blob/main/e3_trl/method/budget.py"' in pages["method.html"]
     assert 'href="recipes.html#memory-per-gpu"' in pages["reproduce.html"]
-    assert "E3GRPOTrainer" in pages["notebook.html"]
+    assert all("E3GRPOTrainer" in pages[f"{name}.html"] for name in ("notebook", "notebook_gsm8k"))
 
 
 def test_a_reader_finds_the_way(address, browser):

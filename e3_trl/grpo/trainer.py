@@ -11,7 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import GRPOTrainer
 
 from ..runs.checkpoint import dataset_fingerprint
-from ..runs.lifecycle import Lifecycle, full_disk_named
+from ..runs.lifecycle import Lifecycle, full_disk_named, whole_weights
 from ..runs.lock import held
 from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
@@ -58,6 +58,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint; settings that changed |
     | `_load_from_checkpoint` | the adapter that is trained, also beside others |
     | `_push_from_checkpoint`, `push_to_hub` | send what is listed, and no file that happens to lie there |
+    | `save_model` | with FSDP the whole model, of which transformers saves nothing by default |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
 
     Args:
@@ -338,6 +339,10 @@ class FastGRPOTrainer(GRPOTrainer):
         with full_disk_named(folder):
             self.lifecycle.save(folder)
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with whole_weights(self):
+            super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         with only_what_is_listed(self.args.output_dir):

@@ -16,7 +16,7 @@ from ..runs.lock import held
 from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
-from .checks import EngineCheckCallback, check_data
+from .checks import EngineCheckCallback, check_data, check_loading
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -122,6 +122,7 @@ class FastGRPOTrainer(GRPOTrainer):
         eval_list = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [train_dataset, *eval_list]
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
+        check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
 
         self.live_temperature = LiveTemperature(args.temperature)
         self.row_temperatures = RowTemperatures(self.live_temperature)

@@ -97,6 +97,10 @@ def run(resume=None, kill_at=None, forced=False, eval_prompts=None, reward_funcs
 
 
 if __name__ == "__main__":
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        from benchmarks.gpu.sharding import let_accelerate_shard_on_a_cpu
+
+        let_accelerate_shard_on_a_cpu()
     for settings in json.loads(sys.argv[1]):
         folder, rank = Path(settings["output_dir"]), os.environ["RANK"]
         folder.mkdir(parents=True, exist_ok=True)

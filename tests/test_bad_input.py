@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
 from e3_trl.checks import check_run
+from e3_trl.grpo import checks
 
 
 NO_MODEL = "no/such/model"
@@ -256,6 +257,15 @@ def test_an_unknown_starting_difficulty_is_null(make_trainer):
     dataset = Dataset.from_dict(make_dataset().to_dict() | {"level": [None, 0.0, 1.0] + [None] * 13})
     trainer = make_trainer(train_dataset=dataset, difficulty_column="level")
     assert trainer.difficulty_tracker.difficulty[1] < trainer.difficulty_tracker.difficulty[2]
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"reward_funcs": ["a/reward-model"]}])
+def test_a_model_that_one_process_alone_would_load_is_refused(make_trainer, monkeypatch, settings):
+    """On two ranks the KL term of the first step was 1.6. FSDP with this setting takes several processes and a GPU."""
+    monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
+    make_trainer()
+    with pytest.raises(ValueError, match="is true, and of the re.* model .* the first process alone would get"):
+        make_trainer(**settings)
 
 
 def test_a_row_without_a_prompt_is_named_before_a_model_is_loaded(make_trainer):

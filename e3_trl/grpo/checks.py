@@ -8,7 +8,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+    is_fsdp_enabled,
+)
 from trl.trainer.utils import get_callable_name
 
 from ..rewards.columns import REWARD_ARGUMENTS, check_reward_columns
@@ -78,6 +82,29 @@ def check_data(
             f"batch (generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). "
             "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps (or "
             "steps_per_generation)."
+        )
+
+
+def check_loading(args, reward_funcs: list, has_adapter: bool) -> None:
+    """
+    Raise `ValueError` if a model would be loaded whose weights one process alone gets: with
+    `fsdp_cpu_ram_efficient_loading` those of the others are zeros until accelerate shares the first's out, which it
+    does for the policy alone.
+
+    Args:
+        args ([`FastGRPOConfig`]): the run's configuration.
+        reward_funcs (`list`): reward functions, reward models and their names.
+        has_adapter (`bool`): whether the reference model is the policy without its adapter.
+    """
+    if not is_fsdp_enabled():  # which transformers asks when it loads a model
+        return
+    loaded = [f"the reward model {func}" for func in reward_funcs if isinstance(func, str)]
+    if args.beta != 0 and not has_adapter:
+        loaded.append(f"the reference model (beta is {args.beta})")
+    if loaded:
+        raise ValueError(
+            f"fsdp_cpu_ram_efficient_loading is true, and of {loaded[0]} the first process alone would get the "
+            "weights. Set it to false in the accelerate configuration."
         )
 
 

@@ -104,7 +104,9 @@ def _plan(trainer, batches: list[dict], lengths: np.ndarray) -> list[dict]:
     max_tokens = None
     if trainer.args.micro_batching == "tokens":
         max_tokens = trainer.args.max_tokens_per_micro_batch or num_rows * int(prompts.max() + completions.max())
-    plan = plan_micro_batches(prompts, completions, needs_gradient.astype(bool), num_steps, max_tokens)
+    deepspeed = trainer.accelerator.state.deepspeed_plugin
+    each_trains = deepspeed is not None and deepspeed.zero_stage < 3
+    plan = plan_micro_batches(prompts, completions, needs_gradient.astype(bool), num_steps, max_tokens, each_trains)
     window = {
         name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
         for name, value in batches[0].items()

@@ -32,6 +32,7 @@ def plan_micro_batches(
     needs_gradient: np.ndarray,
     num_steps: int,
     max_tokens: int | None = None,
+    each_trains: bool = False,
 ) -> MicroBatchPlan:
     """
     Put rows of about the same length together. A micro-batch is as wide as its longest prompt and its longest
@@ -47,6 +48,9 @@ def plan_micro_batches(
         max_tokens (`int`, *optional*): tokens, padding included, that a micro-batch may have. `None` = a micro-batch
             has at most N / `num_steps` rows. A budget that would take more than `num_steps` micro-batches is raised
             to the smallest, to 2%, that does not.
+        each_trains (`bool`):
+            Whether every micro-step has rows to train on. DeepSpeed's ZeRO-1 and ZeRO-2 end with an error in a
+            backward pass that reaches no parameter.
 
     Returns:
         [`MicroBatchPlan`].
@@ -63,7 +67,7 @@ def plan_micro_batches(
     ```
     """
     max_rows = needs_gradient.shape[1] // num_steps
-    min_pieces = min(num_steps, 2)  # the first and the last
+    min_pieces = num_steps if each_trains else min(num_steps, 2)  # the first and the last
     num_trained = max(min_pieces, int(needs_gradient.sum(axis=1).max()))
     # Those that need it, then the shortest others.
     by_need = np.lexsort((prompt_lengths + completion_lengths, ~needs_gradient))
@@ -90,8 +94,9 @@ def plan_micro_batches(
         rows, *lengths = ordered(rows, key)
         num_rows = rows.shape[1]
         sizes = _equal(num_rows, max_rows) if max_tokens is None else _within(*lengths, max_tokens, num_steps)
-        if len(sizes) < least:
-            sizes = [-(-sum(sizes) // 2), sum(sizes) // 2]
+        while len(sizes) < least:
+            largest = sizes.index(max(sizes))
+            sizes[largest : largest + 1] = [-(-sizes[largest] // 2), sizes[largest] // 2]
         pieces.append(np.split(rows, np.cumsum(sizes)[:-1], axis=1) if sizes else [])
     trained, left_out = pieces
     nothing = np.empty((len(needs_gradient), 0), dtype=np.int64)

@@ -11,12 +11,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import GRPOTrainer
 
 from ..runs.checkpoint import dataset_fingerprint
-from ..runs.lifecycle import Lifecycle, full_disk_named
+from ..runs.lifecycle import Lifecycle, full_disk_named, whole_weights
 from ..runs.lock import held
 from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
-from .checks import EngineCheckCallback, check_data
+from .checks import EngineCheckCallback, check_data, check_loading
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -58,6 +58,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | the run's state in the checkpoint; settings that changed |
     | `_load_from_checkpoint` | the adapter that is trained, also beside others |
     | `_push_from_checkpoint`, `push_to_hub` | send what is listed, and no file that happens to lie there |
+    | `save_model` | with FSDP the whole model, of which transformers saves nothing by default |
     | `create_model_card` | beside the card, `training_args.json` and `report.json`; in it, what they say |
 
     Args:
@@ -121,6 +122,7 @@ class FastGRPOTrainer(GRPOTrainer):
         eval_list = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [train_dataset, *eval_list]
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
+        check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
 
         self.live_temperature = LiveTemperature(args.temperature)
         self.row_temperatures = RowTemperatures(self.live_temperature)
@@ -338,6 +340,10 @@ class FastGRPOTrainer(GRPOTrainer):
         with full_disk_named(folder):
             self.lifecycle.save(folder)
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with whole_weights(self):
+            super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         with only_what_is_listed(self.args.output_dir):

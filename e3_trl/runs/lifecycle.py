@@ -14,6 +14,7 @@ import safetensors.torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.fsdp import StateDictType
 
 from . import checkpoint as checkpoints
 from .optimizer import takes_changes
@@ -290,6 +291,23 @@ class Lifecycle:
                 )
                 error.args = (f"{error} {saved}",)
             raise
+
+
+@contextmanager
+def whole_weights(trainer) -> Iterator[None]:
+    """
+    Inside, FSDP saves a model as [`~transformers.PreTrainedModel.from_pretrained`] reads it: with `SHARDED_STATE_DICT`
+    transformers writes none at all, not even at the end of a run. What a checkpoint goes on from stays in shards.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = before
 
 
 @contextmanager

@@ -145,6 +145,8 @@ def test_accelerate_config_is_understood(path):
         assert (config.same_network, config.rdzv_backend) == (True, "static")
     stage = re.match(r"zero(\d)", path.stem)
     assert (config.deepspeed_config or {}).get("zero_stage") == (int(stage[1]) if stage else None)
+    version = re.match(r"fsdp(\d)", path.stem)
+    assert config.fsdp_config.get("fsdp_version") == (int(version[1]) if version else None)
 
 
 def test_every_command_of_the_readme_updates_on_512_rows():

@@ -1,5 +1,5 @@
 """
-The real DeepSpeed ZeRO-3 on two ranks, on a CPU.
+The real DeepSpeed ZeRO-3 on two ranks, on a CPU; and less of FSDP2 and of ZeRO-2.
 
 Starting two processes takes longer than what most tests have them do. So each launch does all the runs that it can,
 one after another, and the tests look at what these have left; and only the first is `accelerate launch`'s.
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -95,6 +96,9 @@ ON_ONE_RANK = {
     for name in ("rows", "tokens")
 } | {"gradient": {"reward_funcs": length_reward}}
 
+# Configurations for GPUs, as far as they go on a CPU.
+FOR_GPUS = {"fsdp2": "fsdp2_4gpu", "zero2": "zero2"}
+
 # Where it is built for GPUs, it does not run on a CPU, where these ranks are.
 HAS_VLLM = importlib.util.find_spec("vllm") is not None and not torch.cuda.is_available()
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
@@ -108,9 +112,13 @@ def environment_of(arguments: list[str]) -> dict[str, str]:
     """What `accelerate launch` with these arguments adds to the environment of all ranks."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "deepspeed_launcher", seen.append)
+        for launcher in ("deepspeed_launcher", "multi_gpu_launcher"):
+            patch.setattr(launch, launcher, seen.append)
         launch.launch_command(launch.launch_command_parser().parse_args(arguments))
-    _, environment = launch.prepare_deepspeed_cmd_env(seen[0])
+    if seen[0].use_deepspeed:
+        _, environment = launch.prepare_deepspeed_cmd_env(seen[0])
+    else:
+        environment = launch.prepare_multi_gpu_env(seen[0])
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
@@ -124,13 +132,21 @@ class Runs:
             settings of each. They share their processes; where a run ends those, the ones after it get others.
         forks ([`Forks`], *optional*): where the ranks are forked, in the environment that the launcher gives them.
             `None` = the launcher starts them.
+        config (`str`): the accelerate configuration, in float32 whatever it says.
     """
 
     def __init__(
-        self, model_path: str, folder: Path, runs: dict[str, dict], forks=None, num_processes=2, ddp_backend="gloo"
+        self,
+        model_path: str,
+        folder: Path,
+        runs: dict[str, dict],
+        forks=None,
+        num_processes=2,
+        ddp_backend="gloo",
+        config="zero3_cpu",
     ):
         self.folder = folder
-        self._forks, self._num_processes = forks, num_processes
+        self._forks, self._num_processes, self._config = forks, num_processes, config
         self._ends: dict[str, tuple[bool, int, str]] = {}
         names = list(runs)
         while names:
@@ -151,7 +167,8 @@ class Runs:
         environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
         # vLLM's start would be compiling, of which tests/test_vllm.py and tests/test_quickstart.py have enough.
         environment |= {"TORCH_COMPILE_DISABLE": "1"}
-        arguments = ["--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+        environment |= {"PYTHONPATH": str(ROOT)}  # of benchmarks
+        arguments = ["--config_file", f"{ROOT}/accelerate_configs/{self._config}.yaml", "--mixed_precision", "no"]
         arguments += ["--num_processes", str(self._num_processes), "--main_process_port", "0"]  # a free one
         arguments += ["ranks_run.py", settings]
         if self._forks is not None:
@@ -230,6 +247,29 @@ def later_runs(model_path, runs, forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("later")
     (folder / "killed").symlink_to(runs.folder / "killed")
     return Runs(model_path, folder, settings, forks)
+
+
+@pytest.fixture(scope="module")
+def runs_as_on_gpus(model_path, forks, tmp_path_factory):
+    """With a configuration for GPUs, by its name in `FOR_GPUS`: a part of those runs, and one that goes on."""
+
+    @cache
+    def start(name: str) -> Runs:
+        folder, saved = tmp_path_factory.mktemp(name), {"save_strategy": "steps", "save_steps": 6}
+        compared = ("gradient", "as one", "rows", "tokens")
+        runs = {run: COMPARED[run] | ON_TWO_RANKS[run] | {"forced": True} for run in compared}
+        runs |= {"sampled": saved, "on": saved | {"resume": str(folder / "sampled" / "checkpoint-6")}}
+        return Runs(model_path, folder, runs, forks, config=FOR_GPUS[name])
+
+    return start
+
+
+@pytest.fixture(params=["zero3", *FOR_GPUS])
+def compared(request):
+    """The runs that have each of `COMPARED`, or a part of them."""
+    if request.param == "zero3":
+        return request.getfixturevalue("runs")
+    return request.getfixturevalue("runs_as_on_gpus")(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -336,21 +376,36 @@ def test_a_resumed_run_is_the_same(runs, later_runs, engine):
     assert history(later_runs.finished(engine)) == history(runs.finished(engine))
 
 
-def test_two_ranks_compute_the_gradient_of_one(model_path, runs, alone):
-    two, one = runs.finished("gradient"), alone("gradient")
+@pytest.mark.parametrize("name", FOR_GPUS)
+def test_a_run_with_a_configuration_for_gpus_is_resumed(model_path, runs_as_on_gpus, name):
+    """Sampled by transformers, where a rank that is done would leave another waiting for its part of the weights."""
+    folder, on = (runs_as_on_gpus(name).finished(run) for run in ("sampled", "on"))
+    (first, _), (second, _) = (recorded(folder, rank) for rank in range(2))
+    assert first == second, "temperature, target, difficulty and counts are equal on all ranks at every step"
+    assert len({step["temperature"] for step in first}) > 6
+    assert history(on) == history(folder)
+    whole, saved = (load_file(path / "model.safetensors") for path in (folder, folder / "checkpoint-12"))
+    weights = load_file(folder / "weights.safetensors")
+    for name in whole:
+        assert torch.equal(whole[name], weights[name])
+        assert torch.equal(saved[name], weights[name])
+
+
+def test_two_ranks_compute_the_gradient_of_one(model_path, compared, alone):
+    two, one = compared.finished("gradient"), alone("gradient")
     assert all(value != 0 for _, value in recorded(one)[1][0]), "of the group that lies on both, too"
     weights = [folder / "weights.safetensors" for folder in (one, two)]
     assert_same_update(Path(model_path) / "model.safetensors", *weights, rel=1e-5)
 
 
-def test_an_evaluation_on_two_ranks_counts_each_prompt_once(runs):
+def test_an_evaluation_on_two_ranks_counts_each_prompt_once(compared):
     """Two of five prompts. accelerate fills the last batch up with the first ones, which are not to count twice."""
-    metrics = json.loads((runs.finished("gradient") / "eval.json").read_text())
+    metrics = json.loads((compared.finished("gradient") / "eval.json").read_text())
     assert metrics["eval_pass@1"] == pytest.approx(2 / 5)
 
 
-def test_two_ranks_do_what_one_does(runs, alone):
-    two, one = runs.finished("as one"), alone("as one")
+def test_two_ranks_do_what_one_does(compared, alone):
+    two, one = compared.finished("as one"), alone("as one")
     steps, advantages = recorded(one)
     assert len({count for step in steps for count in step["rollouts"]}) > 3, "budgets did differ"
     assert_same_state(recorded(two)[0], steps)
@@ -371,9 +426,9 @@ def test_one_goes_on_from_a_converted_checkpoint_of_two(model_path, runs_of_one_
 
 
 @pytest.mark.parametrize("policy", ["rows", "tokens"])
-def test_two_ranks_keep_in_step_where_one_has_less_to_learn(model_path, runs, alone, policy):
+def test_two_ranks_keep_in_step_where_one_has_less_to_learn(model_path, compared, alone, policy):
     """Micro-steps have no rows then. DeepSpeed added the gradients of the step before to those that came next."""
-    two, one = runs.finished(policy), alone(policy)
+    two, one = compared.finished(policy), alone(policy)
     equal = [sum(value == 0 for _, value in recorded(two, rank)[1][0]) for rank in range(2)]
     assert equal == [12, 4]
     found, expected = ([step["temperature"] for step in recorded(folder)[0]] for folder in (two, one))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import (
     get_available_reporting_integrations,
@@ -155,7 +156,7 @@ class EngineCheckCallback(TrainerCallback):
         datasets (`list`): what it trains and evaluates on.
 
     Raises:
-        `ValueError`: see [`check_tied_embeddings`] and [`check_colocated_vllm`].
+        `ValueError`: see [`check_tied_embeddings`], [`check_adapted_modules`] and [`check_colocated_vllm`].
     """
 
     def __init__(self, trainer, datasets: list):
@@ -167,6 +168,8 @@ class EngineCheckCallback(TrainerCallback):
             return
         trainer = self.trainer
         check_tied_embeddings(trainer.model)
+        if args.vllm_lora_sync:
+            check_adapted_modules(trainer.model, trainer.is_fsdp_enabled)
         longest = 0
         # Image and environment prompts get their final length later.
         if not trainer._is_vlm and trainer.environment_factories is None:
@@ -193,6 +196,84 @@ def check_tied_embeddings(model: PreTrainedModel | PeftModel) -> None:
             "peft_config trains the embedding or the LM head (target_modules, modules_to_save), and the model has "
             "tie_word_embeddings, one tensor for both, which vLLM keeps. Leave them out, or list embed_tokens in "
             "modules_to_save and set ensure_weight_tying."
+        )
+
+
+# The ranks that vLLM reserves memory for.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What a LoraConfig may be for vLLM to compute the same with the adapter beside the base, by field. Other ways to begin
+# change the base, which the engine has as it was published.
+PLAIN_LORA = {
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "bias": ("none",),
+    **dict.fromkeys(("use_dora", "lora_bias"), (False, None)),
+    **dict.fromkeys(
+        ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+        + ("layer_replication", "alora_invocation_tokens"),
+        (None, {}, []),
+    ),
+}
+
+
+def adapter_of(model, peft_config: PeftConfig | None) -> PeftConfig:
+    """
+    The configuration of the adapter that a run with `vllm_lora_sync` trains.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): as the trainer gets it.
+        peft_config ([`~peft.PeftConfig`], *optional*): likewise.
+
+    Raises:
+        `ValueError`: if there is none, or vLLM would compute something else with the adapter than the trainer.
+    """
+    if peft_config is None and isinstance(model, PeftModel):
+        peft_config = model.active_peft_config
+    if getattr(peft_config, "peft_type", None) != "LORA":
+        raise ValueError(
+            f"vllm_lora_sync is True, and peft_config is {peft_config and peft_config.peft_type.value}. Give the "
+            "trainer a LoraConfig (use_peft), or leave vllm_lora_sync out."
+        )
+    for name, allowed in PLAIN_LORA.items():
+        value = getattr(peft_config, name, None)
+        if value not in allowed:
+            raise ValueError(
+                f"vllm_lora_sync is True, and {name} of peft_config is {value!r}, which vLLM does not apply beside a "
+                f"base. Set it to {allowed[0]!r}, or leave vllm_lora_sync out."
+            )
+    if peft_config.r > LORA_RANKS[-1]:
+        raise ValueError(
+            f"vllm_lora_sync is True, and r of peft_config is {peft_config.r}. Set it to {LORA_RANKS[-1]}, vLLM's "
+            "largest rank, or less, or leave vllm_lora_sync out."
+        )
+    return peft_config
+
+
+def check_adapted_modules(model: PeftModel, is_fsdp: bool) -> None:
+    """
+    Raise `ValueError` if something is trained that is not the adapter of a linear layer, or if weights are sharded by
+    FSDP.
+
+    Args:
+        model ([`~peft.PeftModel`]): the policy.
+        is_fsdp (`bool`): whether FSDP shards it. Gathering an adapter from there is not tested.
+    """
+    if is_fsdp:
+        raise ValueError(
+            "vllm_lora_sync is True under FSDP, from which an adapter is not gathered. Use DDP or DeepSpeed, or leave "
+            "vllm_lora_sync out."
+        )
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    head = model.get_output_embeddings()
+    others = [
+        name
+        for name, module in adapted.items()
+        if module is head or not isinstance(module.get_base_layer(), torch.nn.Linear)
+    ]
+    others += [name for name, value in model.named_parameters() if value.requires_grad and model.prefix not in name]
+    if others or len(model.active_adapters) > 1:
+        raise ValueError(
+            f"vllm_lora_sync is True, and the model trains {', '.join(others[:3] or model.active_adapters)}. Train "
+            "one adapter, of linear layers other than the LM head, or leave vllm_lora_sync out."
         )
 
 

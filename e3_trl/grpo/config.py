@@ -53,6 +53,11 @@ class FastGRPOConfig(GRPOConfig):
 
         eval_temperature (`float`, *optional*):
             Sampling temperature of evaluations. If `None`, `temperature`; never one that was set since.
+        vllm_lora_sync (`bool`, *optional*, defaults to `False`):
+            Whether a colocated vLLM gets the LoRA adapter alone at each sync, and applies it beside a base that it has
+            loaded once. TRL merges the adapter into the base, sends all weights and takes it out again. For plain LoRA
+            on linear layers, of a base that is as it was published; with `vllm_enable_sleep_mode` the engine's base
+            waits in the host's memory.
     """
 
     # Parameters that control what the model computes
@@ -78,6 +83,13 @@ class FastGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Sampling temperature of evaluations. If None, `temperature`, never one that was set since."
+        },
+    )
+    vllm_lora_sync: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a colocated vLLM gets the LoRA adapter alone at each sync, beside a base that it has "
+            "loaded once. TRL merges the adapter, sends all weights and takes it out again."
         },
     )
 
@@ -120,6 +132,11 @@ class FastGRPOConfig(GRPOConfig):
             "vllm_max_model_length is {c.vllm_max_model_length}, which leaves no room for a prompt beside "
             "max_completion_length ({c.max_completion_length}). Set it to the longest prompt and completion together, "
             "or more.",
+        ),
+        (
+            lambda c: c.vllm_lora_sync and not (c.use_vllm and c.vllm_mode == "colocate"),
+            "vllm_lora_sync is True, use_vllm is {c.use_vllm} and vllm_mode is {c.vllm_mode!r}. Set use_vllm to True "
+            "and vllm_mode to 'colocate', or leave vllm_lora_sync out.",
         ),
     ]
 

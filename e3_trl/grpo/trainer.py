@@ -16,7 +16,8 @@ from ..runs.lock import held
 from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
-from .checks import EngineCheckCallback, check_data, check_loading
+from .adapter_sync import engine_for_adapter
+from .checks import EngineCheckCallback, adapter_of, check_data, check_loading
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -124,6 +125,10 @@ class FastGRPOTrainer(GRPOTrainer):
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
         check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
 
+        engine = nullcontext()
+        if args.vllm_lora_sync:
+            engine = engine_for_adapter(adapter_of(model, kwargs.get("peft_config")).r)
+
         self.live_temperature = LiveTemperature(args.temperature)
         self.row_temperatures = RowTemperatures(self.live_temperature)
         self.loss_steps, self.passes, self.watch = LossSteps(self), PassCallback(self), WatchCallback()
@@ -133,11 +138,11 @@ class FastGRPOTrainer(GRPOTrainer):
             self.dataset_id = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
         callbacks = [*(callbacks or []), EngineCheckCallback(self, datasets), self.passes, self.watch]
         data = train_dataset, eval_dataset, processing_class, reward_processing_classes
-        with server_errors_named(args, model):
+        with server_errors_named(args, model), engine:
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)
         self.reward_guard = RewardGuard(self)
         if self.use_vllm:
-            RolloutGeneration.adopt(self.vllm_generation)
+            RolloutGeneration.adopt(self.vllm_generation, args.vllm_lora_sync)
         connect(self.live_temperature, self)
         self.lifecycle = Lifecycle(self, self.dataset_id)
         self.lifecycle.parts |= {"passes": self.passes, "temperature": self.live_temperature, "watch": self.watch}

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..runs.lifecycle import RunCannotGoOn
+from .adapter_sync import send_adapter
 from .evaluation import SampledAhead
 
 
@@ -78,6 +79,7 @@ class RolloutGeneration(VLLMGeneration):
       the same place; TRL's error reaches the main process alone, while the others wait for it.
     - On a CPU, weights are synced by vLLM's own reload: it repacks them after loading, so TRL's way fails there. The
       LM head is repacked once more, because the reload passes over a tied one.
+    - With `vllm_lora_sync`, a sync sends the adapter alone, and every call of the engine samples with it.
     """
 
     _text_is_read: bool = True
@@ -85,11 +87,20 @@ class RolloutGeneration(VLLMGeneration):
     _of_rows: Mapping[str, list] = MappingProxyType({})
     _ahead: SampledAhead | None = None
     _server_error: str | None = None
+    _syncs_adapter: bool = False
+    _adapter = None
 
     @classmethod
-    def adopt(cls, generation: VLLMGeneration) -> "RolloutGeneration":
-        """Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it."""
+    def adopt(cls, generation: VLLMGeneration, syncs_adapter: bool = False) -> "RolloutGeneration":
+        """
+        Make the object that [`~trl.GRPOTrainer`] has built one of this class: TRL offers no other place for it.
+
+        Args:
+            generation ([`~trl.generation.vllm_generation.VLLMGeneration`]): TRL's object.
+            syncs_adapter (`bool`, *optional*, defaults to `False`): whether a sync sends the adapter alone.
+        """
         generation.__class__ = cls
+        generation._syncs_adapter = syncs_adapter
         if generation.mode == "server":
             if generation.accelerator.is_main_process:
                 client = generation.vllm_client
@@ -161,6 +172,8 @@ class RolloutGeneration(VLLMGeneration):
         if is_merged:
             detokenize = sampling_params.detokenize and (self._text_is_read or needs_text(sampling_params))
             prompts, sampling_params = self._merge(prompts, sampling_params, detokenize, self._of_rows)
+        if self._adapter is not None:
+            kwargs.setdefault("lora_request", self._adapter)
         with whole_call:
             return self._llm_generate(prompts, sampling_params=sampling_params, **kwargs)
 
@@ -257,6 +270,13 @@ class RolloutGeneration(VLLMGeneration):
             self._raise_server_error()
         return output
 
+    def _iter_named_params(self):
+        # TRL asks for weights when the engine is awake for them. Of the base there is nothing to send.
+        if self._syncs_adapter:
+            self._adapter = send_adapter(self.model, self.llm, self._dist.gather_params)
+        else:
+            yield from super()._iter_named_params()
+
     def sync_weights(self):
         if self.mode == "server":
             # A server that is gone would leave the other ranks waiting inside the transfer.
@@ -267,7 +287,7 @@ class RolloutGeneration(VLLMGeneration):
                 except requests.RequestException as error:
                     self._server_error = str(error)
             self._share_server_error()
-        if self.mode == "colocate" and self.accelerator.device.type == "cpu":
+        if self.mode == "colocate" and self.accelerator.device.type == "cpu" and not self._syncs_adapter:
             from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner

@@ -3,19 +3,23 @@
 import re
 from collections import Counter
 from functools import partial
+from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
 from datasets import Dataset
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, LoraModel
 from transformers import LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig
+from e3_trl.grpo import adapter_sync
 from e3_trl.grpo import vllm as e3_vllm
+from e3_trl.grpo.checks import LORA_RANKS
 
 
 SamplingParams = pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it").SamplingParams
@@ -215,6 +219,29 @@ def test_a_tied_head_arrives(tmp_path, request, tied_model, lora):
     assert max(differences) < {"float32": 1e-3, "bfloat16": 0.03}[dtype]
 
 
+# The adapter alone is sent. Its scale, of rank-stabilised LoRA, is another than that of plain LoRA.
+LORA_SYNC = {
+    "vllm_lora_sync": True,
+    "peft_config": LoraConfig(target_modules="all-linear", r=4, use_rslora=True),
+}
+
+
+def test_an_adapter_arrives_alone(make_trainer, float32_engine, monkeypatch):
+    """One that is not sent, or at another scale, makes the engine sample from another policy."""
+
+    def merge(*args, **kwargs):
+        raise AssertionError("the adapter was merged into the base")
+
+    monkeypatch.setattr(LoraModel, "merge_adapter", merge)
+    trainer = make_trainer(**VLLM, **LORA_SYNC, learning_rate=5e-3, lr_scheduler_type="constant", max_steps=21)
+    trainer.train()
+    differences = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert len(differences) == 21, "before the first update, and after each of 20"
+    assert max(differences) < 1e-3
+    assert len(trainer.vllm_generation.llm.llm_engine.list_loras()) == 1, "old ones are gone"
+    assert list(adapter_sync.IN_MEMORY.glob("e3-trl-adapter-*")) == [], "and so are their files"
+
+
 def test_old_completions_are_gone_on_with_as_far_as_each_has_room(make_trainer, float32_engine):
     """Each at its temperature of now, and with log-probs as if it were sampled now, which training computes too."""
     trainer = make_trainer(
@@ -241,9 +268,10 @@ def test_old_completions_are_gone_on_with_as_far_as_each_has_room(make_trainer, 
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
 
 
-def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine):
+@pytest.mark.parametrize("sync", [{}, LORA_SYNC], ids=["full", "adapter alone"])
+def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine, sync):
     """Whatever its engine has drawn before; test_zero3.py resumes with new ones."""
-    settings = {**VLLM, "save_strategy": "steps", "save_steps": 6}
+    settings = {**VLLM, **sync, "save_strategy": "steps", "save_steps": 6}
     whole = make_trainer(output_dir="whole", **settings)
     whole.train()
     resumed = make_trainer(output_dir="resumed", **settings)
@@ -495,6 +523,47 @@ def test_an_adapter_on_one_half_of_a_tied_pair_is_refused(tmp_path, no_engine, l
     lora = {"target_modules": "all-linear", "r": 4} | lora
     with pytest.raises(ValueError, match="has tie_word_embeddings, one tensor for both.*set ensure_weight_tying"):
         build_trainer(path, tmp_path / "run", **VLLM, peft_config=LoraConfig(**lora))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (None, "vllm_lora_sync is True, and peft_config is None.*LoraConfig"),
+        (IA3Config(), "peft_config is IA3.*LoraConfig"),
+        (LoraConfig(use_dora=True), "use_dora of peft_config is True.*Set it to False"),
+        (LoraConfig(modules_to_save=["lm_head"]), r"modules_to_save of peft_config is \['lm_head'\].*Set it to None"),
+        (LoraConfig(bias="all"), "bias of peft_config is 'all'.*Set it to 'none'"),
+        (LoraConfig(init_lora_weights="pissa"), "init_lora_weights of peft_config is 'pissa'.*Set it to True"),
+        (LoraConfig(rank_pattern={"q_proj": 4}), "rank_pattern of peft_config is.*Set it to None"),
+        (LoraConfig(r=513), "r of peft_config is 513. Set it to 512"),
+    ],
+    ids=["none", "another kind", "DoRA", "modules_to_save", "bias", "PiSSA", "rank_pattern", "rank"],
+)
+def test_an_adapter_that_vllm_cannot_apply_is_refused_before_a_model_is_loaded(tmp_path, no_engine, lora, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer("no/model", tmp_path, **VLLM, vllm_lora_sync=True, peft_config=lora)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_other_than_linear_layers_is_refused_before_an_engine_is_started(
+    make_trainer, no_engine, target
+):
+    with pytest.raises(ValueError, match=f"the model trains .*{target}.*linear layers other than the LM head"):
+        make_trainer(**VLLM, vllm_lora_sync=True, peft_config=LoraConfig(target_modules=["q_proj", target]))
+
+
+def test_an_engine_with_room_for_an_adapter_keeps_its_base_asleep(monkeypatch):
+    """TRL's level 2 throws it away, and a sync that sends the adapter alone would not bring it back."""
+    engine = Mock()
+    start, put_to_sleep = Mock(return_value=engine), engine.sleep
+    monkeypatch.setattr(vllm_generation, "LLM", start)
+    with adapter_sync.engine_for_adapter(9):
+        vllm_generation.LLM(model="name").sleep(level=2)
+    assert vllm_generation.LLM is start
+    start.assert_called_once_with(model="name", enable_lora=True, max_lora_rank=16, max_loras=1)
+    put_to_sleep.assert_called_once_with(level=1)
+    of_vllm = pytest.importorskip("vllm.config.lora").MaxLoRARanks
+    assert set(LORA_RANKS) <= set(get_args(of_vllm))
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -262,18 +262,13 @@ def check_adapted_modules(model: PeftModel, is_fsdp: bool) -> None:
             "vllm_lora_sync is True under FSDP, from which an adapter is not gathered. Use DDP or DeepSpeed, or leave "
             "vllm_lora_sync out."
         )
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    head = model.get_output_embeddings()
-    others = [
-        name
-        for name, module in adapted.items()
-        if module is head or not isinstance(module.get_base_layer(), torch.nn.Linear)
-    ]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    others = [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), torch.nn.Linear)]
     others += [name for name, value in model.named_parameters() if value.requires_grad and model.prefix not in name]
     if others or len(model.active_adapters) > 1:
         raise ValueError(
             f"vllm_lora_sync is True, and the model trains {', '.join(others[:3] or model.active_adapters)}. Train "
-            "one adapter, of linear layers other than the LM head, or leave vllm_lora_sync out."
+            "one adapter, of linear layers alone, or leave vllm_lora_sync out."
         )
 
 

@@ -103,3 +103,5 @@ ATTRIBUTES = {
 }
 # Of a model's configuration.
 MODEL_ATTRIBUTES = {"_name_or_path"}
+# Of TRL's object around vLLM: `gather_params`, a context in which sharded parameters are whole.
+GENERATION_ATTRIBUTES = {"_dist"}

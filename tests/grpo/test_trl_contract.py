@@ -108,7 +108,7 @@ def test_every_override_calls_super_and_stands_in_the_docstring_and_among_the_na
 
 
 def test_every_private_name_that_is_used_is_the_packages_own_or_among_the_names():
-    known = {*trl_names.ATTRIBUTES, *trl_names.MODEL_ATTRIBUTES, "_exit"}
+    known = {*trl_names.ATTRIBUTES, *trl_names.MODEL_ATTRIBUTES, *trl_names.GENERATION_ATTRIBUTES, "_exit"}
     known |= {name for methods in trl_names.METHODS.values() for name in methods}
     used, own = {}, set()
     for path in PACKAGE.rglob("*.py"):
@@ -142,6 +142,15 @@ def test_grpo_knows_nothing_of_e3_and_no_arrow_runs_back_up():
                     for module in modules:
                         parts = module.strip(".").split(".")
                         assert {parts[0], ".".join(parts[:2])} & allowed, f"{folder}/{path.name} imports {module}"
+
+
+def test_attributes_of_generation():
+    source = inspect.getsource(vllm_generation.VLLMGeneration)
+    for name in trl_names.GENERATION_ATTRIBUTES:
+        assert f"self.{name} = " in source, name
+    assert "self._dist.gather_params(" in source
+    assert "self.llm = LLM(" in source, "the name that the engine is started by"
+    assert "in self._iter_named_params():" in source, "what a sync sends"
 
 
 def test_attributes(make_trainer):

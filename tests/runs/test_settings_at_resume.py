@@ -71,9 +71,15 @@ TABLE = {
 }
 
 
+# Whether it is obeyed is seen in the engine, where test_vllm.py resumes with it.
+IN_THE_ENGINE = {"vllm_lora_sync"}
+
+
 def test_no_field_is_missing():
     own = {field.name for field in fields(E3GRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    assert set(TABLE) == own | OF_TRL, "say what comes of the field where a resumed run has another value of it"
+    assert set(TABLE) | IN_THE_ENGINE == own | OF_TRL, (
+        "say what comes of the field where a resumed run has another value of it"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,10 @@ class Part:
 
 PARTS = {
     "engine": Part(
-        ("tied, compiled, sleep level 2", "untied, eager, sleep level 1"), ("no sleep",), gib=8, packages=("vllm",)
+        ("tied, compiled, sleep level 2", "untied, eager, sleep level 1", "the adapter alone"),
+        ("no sleep", "the adapter alone"),
+        gib=8,
+        packages=("vllm",),
     ),
     "optimizer": Part(("all",), ("all",), gib=38),
     "learning": Part(("all",), ("all",), gib=8, packages=("vllm",)),

@@ -1,14 +1,17 @@
 """
 Does vLLM sample from the policy that is trained? E3 with temperatures from 1 to 2, each prompt's own, through 20 large
-updates; and how quickly it does, asked once per prompt, against TRL's request for each row.
+updates; and how quickly it does, asked once per prompt, against TRL's request for each row. Of LoRA
+the adapter alone is sent, and how long a sync takes is beside that of all weights.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl.generation import vllm_generation
 
@@ -25,6 +28,8 @@ CASES = {
     "tied, compiled, sleep level 2": {"tied": True, "enforce_eager": False, "sleep": 2},
     "untied, eager, sleep level 1": {"tied": False, "enforce_eager": True, "sleep": 1},
     "no sleep": {"tied": False, "enforce_eager": False, "sleep": 0},
+    # Which sleeps at level 1 of itself, also where TRL asks for 2.
+    "the adapter alone": {"tied": False, "enforce_eager": False, "sleep": 2, "lora": True},
 }
 UPDATES = 20
 MAX_DIFFERENCE, MAX_RATIO_ERROR = 0.03, 0.01
@@ -53,13 +58,21 @@ def start_engine(start, *, enforce_eager: bool, sleep: int, **settings):
     """In the place of `vllm.LLM`, where TRL starts it."""
     llm = start(**settings, **{"enforce_eager": True} if enforce_eager else {})
     put_to_sleep = llm.sleep
-    llm.sleep = lambda level: put_to_sleep(level=sleep)
+    llm.sleep = lambda level: put_to_sleep(level=min(level, sleep))
     return llm
 
 
 def odd_reward(completion_ids, **kwargs) -> list[float]:
     """Gives every group an advantage."""
     return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def seconds_of_sync(generation) -> float:
+    start = time.perf_counter()
+    generation.sync_weights()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def hold(case: Case, trainer, name: str) -> None:
@@ -81,7 +94,8 @@ def hold(case: Case, trainer, name: str) -> None:
 
 def measure(case: Case) -> None:
     engine = dict(CASES[case.name])
-    tied, sleeps = engine.pop("tied"), engine["sleep"] > 0
+    tied, lora = engine.pop("tied"), engine.pop("lora", False)
+    sleeps = engine["sleep"] > 0 and not case.miniature  # which is for GPUs alone
     model = save_model(case, "tiny" if case.miniature else "wide", tied)
     vllm_generation.LLM = partial(start_engine, vllm_generation.LLM, **engine)
     config = E3GRPOConfig(
@@ -98,6 +112,7 @@ def measure(case: Case) -> None:
         use_vllm=True,
         vllm_mode="colocate",
         vllm_enable_sleep_mode=sleeps,
+        vllm_lora_sync=lora,
         vllm_max_model_length=256,
         vllm_gpu_memory_utilization=0.3,
         vllm_importance_sampling_mode="token_truncate",
@@ -107,7 +122,10 @@ def measure(case: Case) -> None:
     )
     prompts = Dataset.from_dict({"prompt": [f"A{number}:" for number in range(10, 26)]})
     rising = RisingTemperature()
-    rising.trainer = trainer = E3GRPOTrainer(model, odd_reward, config, prompts, callbacks=[rising])
+    adapter = LoraConfig(target_modules="all-linear", r=4 if case.miniature else 32) if lora else None
+    rising.trainer = trainer = E3GRPOTrainer(
+        model, odd_reward, config, prompts, callbacks=[rising], peft_config=adapter
+    )
     trainer.train()
     hold(case, trainer, case.name)
     temperatures = [row for row in trainer.state.log_history if "temperature" in row]
@@ -119,6 +137,8 @@ def measure(case: Case) -> None:
             generation.sync_weights()
             generation.llm.wake_up(tags=["kv_cache"])
             generation.enable_sleep_mode = False
+        case.add(f"a sync, {case.name}", np.median([seconds_of_sync(generation) for _ in range(5)]), "s")
+    if not tied and not lora:
         generation.generation_kwargs = {"ignore_eos": True}
         generation.max_completion_length = length = 16 if case.miniature else 128
         num_prompts, rounds = (4, 1) if case.miniature else (64, 5)

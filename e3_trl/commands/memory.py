@@ -11,16 +11,18 @@ tokens, C = `max_completion_length` of them completion.
 - Full fine-tuning under ZeRO-3, by DeepSpeed's estimator: weights 2 P/N + 4 x the largest layer (gathered), gradients
   4 P/N, optimizer 12 P/N (the float32 copy and Adam's two moments).
 - LoRA on one GPU: weights b P + 4 P_t with b bytes in `dtype` (`auto` = the checkpoint's), gradients 4 P_t, optimizer
-  8 P_t.
+  8 P_t. In 4 bits (`load_in_4bit`) the P_q parameters of linear layers other than the LM head take 1/2 + 1/16 bytes,
+  with `use_bnb_nested_quant` 1/2 + 1/64 + 1/4096; TRL then has the adapter in bfloat16, so half of what P_t takes.
 - Activations with checkpointing: 2 L R S h for the inputs of all layers; 2 x 2 R S (12 h + 4 i), one layer computed
   again and as much for its gradients, with LoRA 6 h + i more for the adapters' inputs; 2 R S^2 for the mask.
 - Logits: TRL projects them tile by tile, so 2 x the tile and 4 R C h for the gradient; 4 V h more if the head is
   trained.
 - Evaluation: all E rows in one forward pass without gradients; most is held in the MLP, E S (8 h + 6 i), with LoRA on
   a float32 base E S (18 h + 8 i), and E S^2 for the mask.
-- vLLM: 2 P weights; 2 GiB for its own activations and CUDA graphs; what is left of `vllm_gpu_memory_utilization` is KV
-  cache, of which a sequence of S tokens takes 4 L S x key-value heads x head size. Without vLLM as much for each row
-  that a GPU samples, all at once; with a vLLM server, which has GPUs of its own, none.
+- vLLM: 2 P weights, in 4 bits those of P_q nested, with `vllm_lora_sync` 2 P_t more; 2 GiB for its own activations
+  and CUDA graphs; what is left of `vllm_gpu_memory_utilization` is KV cache, of which a sequence of S tokens takes
+  4 L S x key-value heads x head size. Without vLLM as much for each row that a GPU samples, all at once; with a vLLM
+  server, which has GPUs of its own, none.
 
 In sleep mode vLLM, training's activations and logits, and evaluation's forward pass are not there at once: the peak is
 the model's states and the largest of the three. That an evaluation samples all its prompts in one call changes nothing
@@ -51,21 +53,27 @@ from .models import check_model
 GPU_MEMORY = {80: 79 * 2**30, 24: 22 * 2**30}
 FITS = 0.9
 VLLM_OVERHEAD = 2 * 2**30
+# Bytes of a parameter in 4 bits: a float32 scale for every 64 of them, or nested one in 8 bits, and a float32 scale
+# for every 256 of those (https://arxiv.org/abs/2305.14314, section 3). vLLM nests.
+FOUR_BITS, FOUR_BITS_NESTED = 1 / 2 + 4 / 64, 1 / 2 + 1 / 64 + 4 / (64 * 256)
 COLUMNS = ["weights", "gradients", "optimizer", "activations", "logits", "evaluation", "vllm_weights", "kv_cache"]
 COLUMNS += ["peak"]
 
 
 def count_parameters(config, peft_config=None) -> dict[str, int]:
-    """Number of parameters: `total` of the model, `largest` of its modules, and `trained`."""
+    """Number of parameters: `total` of the model, `largest` of its modules, `linear` but the head, and `trained`."""
     # accelerate's `init_empty_weights` makes two tensors of tied embeddings.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         total = sum(parameter.numel() for parameter in model.parameters())
         largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+        head = model.get_output_embeddings()
+        linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+        linear = sum(module.weight.numel() for module in linear)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"total": total, "largest": largest, "trained": trained}
+    return {"total": total, "largest": largest, "linear": linear, "trained": trained}
 
 
 def elements_per_layer(config, lora: bool = False) -> int:
@@ -136,11 +144,16 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     parameters = count_parameters(config, get_peft_config(model))
     total, trained = parameters["total"], parameters["trained"]
 
+    in_4_bits = parameters["linear"] if model.load_in_4bit else 0
+
     memory = {"gpu": GPU_MEMORY.get(size, size * 10**9)}
     if model.use_peft:
         dtype = config.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-        memory["weights"] = (dtype or torch.float32).itemsize * total + 4 * trained
-        memory["gradients"], memory["optimizer"] = 4 * trained, 8 * trained
+        adapter = 2 if model.load_in_4bit else 4
+        bits = FOUR_BITS_NESTED if model.use_bnb_nested_quant else FOUR_BITS
+        memory["weights"] = (dtype or torch.float32).itemsize * (total - in_4_bits) + bits * in_4_bits
+        memory["weights"] += adapter * trained
+        memory["gradients"], memory["optimizer"] = adapter * trained, 2 * adapter * trained
     else:
         _, states, gathered = estimate_zero3_model_states_mem_needs(
             total,
@@ -167,7 +180,10 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     sequence = 4 * layers * length * config.num_key_value_heads * hidden // config.num_attention_heads
     if recipe["use_vllm"] and recipe["vllm_mode"] == "colocate":
         sampling = recipe["vllm_gpu_memory_utilization"] * memory["gpu"]
-        memory["vllm_weights"] = 2 * total / recipe["vllm_tensor_parallel_size"]
+        held = (
+            2 * (total - in_4_bits) + FOUR_BITS_NESTED * in_4_bits + 2 * trained * bool(recipe.get("vllm_lora_sync"))
+        )
+        memory["vllm_weights"] = held / recipe["vllm_tensor_parallel_size"]
         memory["kv_cache"] = sampling - memory["vllm_weights"] - VLLM_OVERHEAD
         memory["sequences"] = memory["kv_cache"] * recipe["vllm_tensor_parallel_size"] / sequence
     else:

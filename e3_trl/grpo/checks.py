@@ -1,6 +1,7 @@
 """What is refused before a model is loaded, so that a mistake costs seconds: settings as tables, and a run's data."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -246,6 +247,25 @@ def adapter_of(model, peft_config: PeftConfig | None) -> PeftConfig:
             "largest rank, or less, or leave vllm_lora_sync out."
         )
     return peft_config
+
+
+def check_four_bits(args, quantization_config) -> None:
+    """
+    Raise `ValueError` if a colocated vLLM could not load the base of a policy in 4 bits: it takes a package for that,
+    which came with vLLM before 0.28.
+
+    Args:
+        args ([`FastGRPOConfig`]): the run's configuration.
+        quantization_config (`transformers.BitsAndBytesConfig`, *optional*): as the trainer gets it.
+    """
+    is_asked_for = args.use_vllm and args.vllm_mode == "colocate"
+    if not (is_asked_for and getattr(quantization_config, "load_in_4bit", False)):
+        return
+    if not any(map(find_spec, ("vllm_bnb_plugin", "vllm.model_executor.layers.quantization.bitsandbytes"))):
+        raise ValueError(
+            "load_in_4bit is True, and this vLLM loads no model in 4 bits without vllm-bnb-plugin. "
+            "`pip install vllm-bnb-plugin`, or set load_in_4bit to False."
+        )
 
 
 def check_adapted_modules(model: PeftModel, is_fsdp: bool) -> None:

@@ -17,7 +17,7 @@ from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .adapter_sync import engine_for_adapter
-from .checks import EngineCheckCallback, adapter_of, check_data, check_loading
+from .checks import EngineCheckCallback, adapter_of, check_data, check_four_bits, check_loading
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -124,7 +124,7 @@ class FastGRPOTrainer(GRPOTrainer):
         datasets = [train_dataset, *eval_list]
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
         check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
-
+        check_four_bits(args, kwargs.get("quantization_config"))
         engine = nullcontext()
         if args.vllm_lora_sync:
             engine = engine_for_adapter(adapter_of(model, kwargs.get("peft_config")).r)

@@ -3,19 +3,21 @@
 import re
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import get_args
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
+from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows, vowel_reward
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, LoraModel
 from transformers import LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
-from e3_trl import read_rollouts
+from e3_trl import FastGRPOConfig, FastGRPOTrainer, read_rollouts
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig
 from e3_trl.grpo import adapter_sync
 from e3_trl.grpo import vllm as e3_vllm
@@ -548,6 +550,18 @@ def test_an_adapter_of_an_embedding_is_refused_before_an_engine_is_started(make_
     lora = LoraConfig(target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ValueError, match="the model trains .*embed_tokens. Train one adapter, of linear layers alone"):
         make_trainer(**VLLM, vllm_lora_sync=True, peft_config=lora)
+
+
+@pytest.mark.skipif(find_spec("vllm_bnb_plugin") is not None, reason="it is installed")
+def test_a_base_in_4_bits_that_this_vllm_cannot_load_is_refused(tmp_path, no_engine):
+    with pytest.raises(ValueError, match="load_in_4bit is True.*pip install vllm-bnb-plugin"):
+        FastGRPOTrainer(
+            "no/model",
+            vowel_reward,
+            FastGRPOConfig(str(tmp_path), report_to="none", bf16=False, max_completion_length=8, **VLLM),
+            make_dataset(),
+            quantization_config=SimpleNamespace(load_in_4bit=True),
+        )
 
 
 def test_an_engine_with_room_for_an_adapter_keeps_its_base_asleep(monkeypatch):

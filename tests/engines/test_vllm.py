@@ -239,7 +239,7 @@ def test_an_adapter_arrives_alone(make_trainer, float32_engine, monkeypatch):
     trainer.train()
     differences = logged(trainer, "sampling/sampling_logp_difference/mean")
     assert len(differences) == 21, "before the first update, and after each of 20"
-    assert max(differences) < 1e-3
+    assert max(differences) < (1e-3 if torch.cuda.is_available() else 1e-5)
     assert len(trainer.vllm_generation.llm.llm_engine.list_loras()) == 1, "old ones are gone"
     assert list(adapter_sync.IN_MEMORY.glob("e3-trl-adapter-*")) == [], "and so are their files"
 

@@ -56,6 +56,12 @@ COMBINATIONS: list[Combination] = [
         "gone on with. Set use_transformers_continuous_batching or reuse_rollouts to False.",
     ),
     (
+        lambda c: c.reuse_rollouts and c.deepspeed_plugin is not None and c.deepspeed_plugin.zero_stage == 3,
+        "reuse_rollouts is True, and under ZeRO-3 a run that goes on from a checkpoint would score old completions "
+        "before it trains, at which DeepSpeed has ended with a tracing error. Set reuse_rollouts to False, or "
+        "zero_stage to 2.",
+    ),
+    (
         lambda c: c.advantage_scale == "mean" and c.scale_rewards != "group",
         "advantage_scale is 'mean' and scale_rewards {c.scale_rewards!r}: both say what advantages are divided by. "
         "Leave scale_rewards at 'group'.",

@@ -65,8 +65,8 @@ class E3GRPOConfig(FastGRPOConfig):
             still write them, token after token, and only the rest is sampled (SPEC-RL,
             https://huggingface.co/papers/2509.23232); not those of prompts that were never solved. The beginnings are
             not distributed exactly as the policy is. For text without tools, sampled without `top_k`, `top_p`,
-            `min_p`, `repetition_penalty`, `generation_kwargs` and structured outputs. A checkpoint grows by 8 bytes
-            for each token of a pass.
+            `min_p`, `repetition_penalty`, `generation_kwargs` and structured outputs; not under ZeRO-3. A checkpoint
+            grows by 8 bytes for each token of a pass.
         entropy_estimator (`str`, *optional*, defaults to `"exact"`):
             Entropy that is logged, and that the temperature schedule follows. `"exact"` = of the policy at each token,
             `"sampled"` = minus the log-prob of each token that was sampled, an unbiased estimate of its mean: rows

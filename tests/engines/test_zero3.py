@@ -103,8 +103,7 @@ FOR_GPUS = {"fsdp2": "fsdp2_4gpu", "zero2": "zero2"}
 HAS_VLLM = importlib.util.find_spec("vllm") is not None and not torch.cuda.is_available()
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
 # Old completions are shared out anew over the ranks, and what is left to sample of them.
-REUSE = {"reuse_rollouts": True}
-ENGINES = {"transformers": REUSE, "vllm": REUSE | VLLM} if HAS_VLLM else {"transformers": REUSE}
+ENGINES = {"transformers": {}, "vllm": VLLM} if HAS_VLLM else {"transformers": {}}
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM for CPUs is not installed: `make install` brings it")
 
 
@@ -231,6 +230,7 @@ def runs(model_path, tmp_path_factory):
     runs |= {engine: saved | settings for engine, settings in ENGINES.items()}
     if HAS_VLLM:
         runs["too long a prompt"] = VLLM | {"vllm_max_model_length": 14, "is_refused": True}
+    runs["reuse"] = {"reuse_rollouts": True, "is_refused": True}
     runs["killed"] = {"kill_at": 5, "save_strategy": "steps", "save_steps": 2}
     return Runs(model_path, tmp_path_factory.mktemp("runs"), runs)
 
@@ -481,3 +481,9 @@ def test_a_prompt_too_long_for_the_engine_of_one_rank_stops_both(runs):
     """Each looks at its half of the prompts; those of the second have a character more."""
     for said in runs.refused("too long a prompt"):
         assert "vllm_max_model_length is 14, less than the longest prompt (7 tokens)" in said
+
+
+def test_old_completions_are_not_used_again_under_zero3(runs):
+    """DeepSpeed ended with a tracing error where a run that was resumed scored them before it trained."""
+    for said in runs.refused("reuse"):
+        assert "reuse_rollouts is True, and under ZeRO-3" in said

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from forked import Forks
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Qwen2Config
 from trl import GRPOConfig
@@ -133,6 +132,8 @@ def save_tiny_model(path, config_class=Qwen2Config, tie_word_embeddings: bool = 
 @pytest.fixture(scope="session")
 def forks():
     """Python in other processes, without the seconds that its imports take."""
+    from forked import Forks  # not where this file is imported as a part of `tests`, for its reward functions
+
     forks = Forks()
     yield forks
     forks.close()

@@ -65,12 +65,11 @@ def test_what_is_taught_is_right_and_is_never_tested(ladder):
         question = lesson.prompt[-1]["content"]
         assert ladder.reward([lesson.given + lesson.text], entry=[json.dumps(entries[question])]) == [1.0]
         texts[lesson.given != "", "Answer:" in lesson.text] += 1
-        assert len(lesson.given + lesson.text) < ladder.max_completion_length, "digits are tokens"
+        text = (lesson.given + lesson.text).replace("Answer", "A")
+        assert len(text) < ladder.max_completion_length, "each digit is a token, and the word"
     if ladder is ladders.Ways:
-        assert 70 <= texts[True, True] <= 130, "of every other one the totals go on"
-        assert 0.01 <= texts[False, True] / (texts[False, True] + texts[False, False]) <= 0.12, (
-            "one of twenty begins them"
-        )
+        assert 90 <= texts[True, True] <= 150, "of three of five the totals go on"
+        assert 0.04 <= texts[False, True] / (texts[False, True] + texts[False, False]) <= 0.25, "one of eight begins them"
     parts = {
         (part, seed): {row["prompt"][-1]["content"] for row in ladder(seed).problems(part, 8)}
         for part in ("rates", "test", "train")

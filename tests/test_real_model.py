@@ -69,7 +69,9 @@ def test_what_is_taught_is_right_and_is_never_tested(ladder):
         assert len(text) < ladder.max_completion_length, "each digit is a token, and the word"
     if ladder is ladders.Ways:
         assert 90 <= texts[True, True] <= 150, "of three of five the totals go on"
-        assert 0.04 <= texts[False, True] / (texts[False, True] + texts[False, False]) <= 0.25, "one of eight begins them"
+        assert 0.04 <= texts[False, True] / (texts[False, True] + texts[False, False]) <= 0.25, (
+            "one of eight begins them"
+        )
     parts = {
         (part, seed): {row["prompt"][-1]["content"] for row in ladder(seed).problems(part, 8)}
         for part in ("rates", "test", "train")

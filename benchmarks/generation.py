@@ -35,15 +35,15 @@ def spread(values) -> str:
     return f"{median:.3f} ({low:.3f}-{high:.3f})"
 
 
-def make_model(folder: str, vocab_size: int) -> None:
+def make_model(folder: str, vocab_size: int, hidden_size: int = 256, num_layers: int = 4, num_heads: int = 8) -> None:
     tokenizer = make_tokenizer(RuleTask.characters)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=False,

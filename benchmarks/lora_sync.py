@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.generation import vllm_generation
 
 from e3_trl import FastGRPOConfig, FastGRPOTrainer
@@ -26,27 +25,7 @@ from e3_trl.grpo import adapter_sync
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from recipes.quickstart.prepare import make_tokenizer
-from recipes.quickstart.task import RuleTask
-
-
-def make_model(folder: str, args: argparse.Namespace) -> None:
-    tokenizer = make_tokenizer(RuleTask.characters)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=8192,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.hidden_size // 64,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+from benchmarks.generation import make_model, spread
 
 
 def bytes_of_sync(generation) -> int:
@@ -79,7 +58,7 @@ def main() -> None:
     prompts = Dataset.from_dict({"prompt": [f"A{number}:" for number in range(10, 26)]})
     generations, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder, args)
+        make_model(folder, 8192, args.hidden_size, args.num_layers, num_heads=args.hidden_size // 64)
         for name, alone in {"all weights": False, "the adapter alone": True}.items():
             config = FastGRPOConfig(
                 output_dir=f"{folder}/run",
@@ -107,8 +86,7 @@ def main() -> None:
                 if warm_up >= 0:
                     seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
-        low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
-        print(f"{name}: {median:.3f} s per sync ({low:.3f}-{high:.3f})")
+        print(f"{name}: {spread(times)} s per sync")
     ratios = np.array(seconds["all weights"]) / seconds["the adapter alone"]
     print(f"times as fast: {np.median(ratios):.1f} ({ratios.min():.1f} - {ratios.max():.1f})")
 

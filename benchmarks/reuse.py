@@ -56,8 +56,8 @@ def make_model(folder: str, vocab_size: int, hidden_size: int, num_layers: int) 
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-def low_words(completions, **kwargs) -> list[float]:
-    """Share of the words that are among the first half of the vocabulary, so that every prompt is solved at times."""
+def even_words(completions, **kwargs) -> list[float]:
+    """Share of the words whose number is even, so that every prompt is solved at times."""
     words = [[int(word[1:]) for word in text.split()] or [0] for text in completions]
     return [float(np.mean([word % 2 == 0 for word in of_row])) for of_row in words]
 
@@ -109,7 +109,7 @@ def train(model: str, **settings) -> tuple[list[list[tuple]], np.ndarray, list[f
         clock = StepSeconds()
         trainer = E3GRPOTrainer(
             model,
-            low_words,
+            even_words,
             E3GRPOConfig(**arguments | settings),
             Dataset.from_dict({"prompt": [f"w{2 * i} w{2 * i + 1}" for i in range(num_prompts)]}),
             # AutoTokenizer takes what lies beside a Qwen2 model for a Qwen2Tokenizer.

@@ -1,16 +1,19 @@
 """Each mistake is one error that names the field, its value and the remedy, before a model is loaded."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from conftest import length_reward, make_dataset, vowel_reward
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig
+from trl.generation import vllm_generation
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, read_rollouts
 from e3_trl.checks import check_run
 from e3_trl.grpo import checks
+from e3_trl.grpo.adapter_sync import engine_for_adapter
 
 
 NO_MODEL = "no/such/model"
@@ -277,3 +280,14 @@ def test_a_row_without_a_prompt_is_named_before_a_model_is_loaded(make_trainer):
     with pytest.raises(ValueError, match="row 7 has no prompt"):
         make_trainer(model="no/such/model", train_dataset=dataset.select(range(1200, 1300)))
     make_trainer(train_dataset=dataset.filter(lambda row: row["prompt"] is not None))
+
+
+def test_where_vllm_is_not_installed_trl_says_where_to_get_it(monkeypatch):
+    """Neither an adapter nor a base in 4 bits is in the way of its message."""
+    monkeypatch.delattr(vllm_generation, "LLM", raising=False)
+    with engine_for_adapter(8):
+        assert not hasattr(vllm_generation, "LLM")
+    # Of a package that is not there, parts cannot be asked for.
+    monkeypatch.setattr(checks, "find_spec", {"vllm": None, "vllm_bnb_plugin": None}.__getitem__)
+    args = SimpleNamespace(use_vllm=True, vllm_mode="colocate")
+    checks.check_four_bits(args, SimpleNamespace(load_in_4bit=True))

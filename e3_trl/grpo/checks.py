@@ -261,6 +261,8 @@ def check_four_bits(args, quantization_config) -> None:
     is_asked_for = args.use_vllm and args.vllm_mode == "colocate"
     if not (is_asked_for and getattr(quantization_config, "load_in_4bit", False)):
         return
+    if find_spec("vllm") is None:  # TRL says where to get it
+        return
     if not any(map(find_spec, ("vllm_bnb_plugin", "vllm.model_executor.layers.quantization.bitsandbytes"))):
         raise ValueError(
             "load_in_4bit is True, and this vLLM loads no model in 4 bits without vllm-bnb-plugin. "

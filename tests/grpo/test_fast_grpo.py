@@ -22,7 +22,7 @@ def test_the_defaults_are_trls(tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     mine, trls = FastGRPOConfig(**settings), GRPOConfig(**settings)
     own = {field.name for field in fields(FastGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    assert own == {"micro_batching", "max_tokens_per_micro_batch", "eval_temperature"}
+    assert own == {"micro_batching", "max_tokens_per_micro_batch", "eval_temperature", "vllm_lora_sync"}
     for field in fields(GRPOConfig):
         if field.name not in ("logging_dir", "deepspeed_plugin"):
             assert str(getattr(mine, field.name)) == str(getattr(trls, field.name)), field.name

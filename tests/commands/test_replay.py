@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -79,8 +78,14 @@ def test_rules_that_follow_first_rewards_are_drawn(rule, favoured):
     second = []
     for batch in batches:
         bounds = Bounds(schedule.num_generations, *schedule.bounds(batch.number))
-        draw = partial(rng.binomial, p=rate[batch.prompt_ids])
+        drawn = []
+
+        def draw(number, batch=batch, drawn=drawn):
+            drawn.append((number, rng.binomial(number, rate[batch.prompt_ids])))
+            return drawn[-1][1]
+
         rollouts, correct = sample_in_rounds(rule, bounds, draw, 20)
+        assert np.array_equal([rollouts, correct], np.sum(drawn, axis=0)), "all that was drawn, and nothing else"
         assert rollouts.sum() == 160
         assert bounds.num_generations_min <= rollouts.min()
         assert rollouts.max() <= bounds.num_generations_max

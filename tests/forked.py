@@ -3,7 +3,7 @@ Python in processes of their own that start in no time: forked from one that has
 
 To import torch, TRL, DeepSpeed and vLLM takes a core ten seconds or more, longer than what most tests then do. It is
 not for what looks at the imports themselves, at what is installed, or at environment variables that libraries read
-while they are imported. Nothing is compiled there: the rest of an engine's start would be that.
+while they are imported. Nothing is compiled there, which the rest of an engine's start would be.
 """
 
 import contextlib
@@ -12,19 +12,16 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 
-IMPORTED = ("conftest", "e3_trl.trainer", "deepspeed", "vllm", "accelerate.commands.launch")
-
-
-def run_python(*command: str, **kwargs) -> subprocess.CompletedProcess:
-    """[`Forks.run`] without the fork."""
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, **kwargs)
+IMPORTED = ("conftest", "e3_trl.trainer", "deepspeed", "vllm")
 
 
 class Forked:
@@ -108,11 +105,56 @@ class Forks:
         returncode = process.wait(timeout)
         return subprocess.CompletedProcess(command, returncode, process.stdout.read_text(), process.stderr.read_text())
 
+    def launch(self, arguments: list[str], *command: str, timeout=900, **kwargs) -> subprocess.CompletedProcess:
+        """
+        What `accelerate launch` does on one machine: [`Forks.run`] for each rank, with what that adds to the
+        environment. When a rank fails the others are ended, half a minute later, so that they can say what they met.
+
+        Args:
+            arguments (`list[str]`): the launcher's own.
+            command (`str`): what each rank runs, as in [`Forks.start`].
+        """
+        launched, env = environment_of(arguments), kwargs.pop("env", dict(os.environ))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env = env | launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        num_ranks = launched["WORLD_SIZE"]
+        env |= {"LOCAL_WORLD_SIZE": num_ranks}
+        ranks = [
+            self.start(*command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **kwargs)
+            for rank in range(int(num_ranks))
+        ]
+        deadline = time.monotonic() + timeout
+        while None in (ends := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
+            if any(ends):
+                deadline = min(deadline, time.monotonic() + 30)
+            time.sleep(0.05)
+        for rank in ranks:
+            rank.kill()
+        returncode = max(abs(rank.wait()) for rank in ranks)
+        stdout, stderr = ("".join(getattr(rank, name).read_text() for rank in ranks) for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
     def close(self):
         if self._server is not None:
             self._server.kill()
             self._server.wait()
         self._folder.cleanup()
+
+
+def environment_of(arguments: list[str]) -> dict[str, str]:
+    """What `accelerate launch` with these arguments adds to the environment of all ranks, and their number."""
+    from accelerate.commands import launch
+
+    seen = []
+    with mock.patch.multiple(launch, deepspeed_launcher=seen.append, multi_gpu_launcher=seen.append):
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    if seen[0].use_deepspeed:
+        _, environment = launch.prepare_deepspeed_cmd_env(seen[0])
+    else:
+        environment = launch.prepare_multi_gpu_env(seen[0])
+    changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    return changed | {"WORLD_SIZE": str(seen[0].num_processes)}
 
 
 def become(command: list[str], cwd: str, env: dict, folder: str, new_session: bool) -> None:
@@ -183,4 +225,6 @@ if __name__ == "__main__":
     for module in IMPORTED:
         with contextlib.suppress(ImportError):  # what is not installed, its tests skip by name
             importlib.import_module(module)
+    if "deepspeed" in sys.modules:  # as in benchmarks/gpu/sharding.py
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     serve()

@@ -5,11 +5,11 @@ import os
 import random
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from forked import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.study.tasks import ChainTask, SumTask
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FIGURES = {"entropy", "temperature", "budgets", "all_wrong", "all_wrong_difference", "reward", "pass_at_k"}
 
 
-def run(folder, *command, run=run_python, **environment):
+def run(folder, *command, run, **environment):
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = run(*command, cwd=folder, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
@@ -111,10 +111,11 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, for
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
     if torch.cuda.is_available():
         pytest.skip("vLLM's build for GPUs does not run on a CPU, which this recipe is for")
-    launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
-    launch += ["--main_process_port", "0"]
-    config = f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml"
-    run(prepared, "-m", *launch, f"{ROOT}/recipes/train.py", "--config", config, "--max_steps", "3")
+    accelerate = ["--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml", f"{ROOT}/recipes/train.py"]
+    recipe = ["--config", f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml", "--max_steps", "3"]
+    run(
+        prepared, f"{ROOT}/recipes/train.py", *recipe, run=partial(forks.launch, accelerate), TORCH_COMPILE_DISABLE="1"
+    )
     folder = prepared / "outputs" / "quickstart-zero3-vllm"
     history = [
         entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry

@@ -2,24 +2,20 @@
 The real DeepSpeed ZeRO-3 on two ranks, on a CPU; and less of FSDP2 and of ZeRO-2.
 
 Starting two processes takes longer than what most tests have them do. So each launch does all the runs that it can,
-one after another, and the tests look at what these have left; and only the first is `accelerate launch`'s.
+one after another, and the tests look at what these have left. `accelerate launch` itself is in test_gpu_check.py,
+test_cli.py and test_train_recipe.py.
 """
 
 import importlib.util
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands import launch
 from conftest import build_trainer, length_reward, uneven_reward
 from ranks_run import Recorder, force_completions, save_weights
 from safetensors.torch import load_file
@@ -107,20 +103,6 @@ ENGINES = {"transformers": {}, "vllm": VLLM} if HAS_VLLM else {"transformers": {
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM for CPUs is not installed: `make install` brings it")
 
 
-def environment_of(arguments: list[str]) -> dict[str, str]:
-    """What `accelerate launch` with these arguments adds to the environment of all ranks."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        for launcher in ("deepspeed_launcher", "multi_gpu_launcher"):
-            patch.setattr(launch, launcher, seen.append)
-        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
-    if seen[0].use_deepspeed:
-        _, environment = launch.prepare_deepspeed_cmd_env(seen[0])
-    else:
-        environment = launch.prepare_multi_gpu_env(seen[0])
-    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
-
-
 class Runs:
     """
     What runs on several ranks have left in `folder`.
@@ -129,8 +111,7 @@ class Runs:
         folder (`Path`): each run has a folder of its name in it.
         runs (`dict[str, dict]`):
             settings of each. They share their processes; where a run ends those, the ones after it get others.
-        forks ([`Forks`], *optional*): where the ranks are forked, in the environment that the launcher gives them.
-            `None` = the launcher starts them.
+        forks ([`Forks`]): where the ranks are forked, in the environment that the launcher gives them.
         config (`str`): the accelerate configuration, in float32 whatever it says.
     """
 
@@ -139,7 +120,7 @@ class Runs:
         model_path: str,
         folder: Path,
         runs: dict[str, dict],
-        forks=None,
+        forks,
         num_processes=2,
         ddp_backend="gloo",
         config="zero3_cpu",
@@ -164,44 +145,13 @@ class Runs:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}  # both ranks on the CPU
         environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
-        # vLLM's start would be compiling, of which tests/test_vllm.py and tests/test_quickstart.py have enough.
+        # vLLM's start would be compiling, of which tests/test_vllm.py has enough.
         environment |= {"TORCH_COMPILE_DISABLE": "1"}
         environment |= {"PYTHONPATH": str(ROOT)}  # of benchmarks
         arguments = ["--config_file", f"{ROOT}/accelerate_configs/{self._config}.yaml", "--mixed_precision", "no"]
-        arguments += ["--num_processes", str(self._num_processes), "--main_process_port", "0"]  # a free one
-        arguments += ["ranks_run.py", settings]
-        if self._forks is not None:
-            return self._fork(environment | environment_of(arguments), settings)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-        with subprocess.Popen(
-            command, cwd=ROOT / "tests", env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                _, stderr = process.communicate(timeout=900)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # the launcher ends the ranks
-                _, stderr = process.communicate()
-        return process.returncode, stderr
-
-    def _fork(self, environment: dict, settings: str) -> tuple[int, str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        environment |= {"WORLD_SIZE": str(self._num_processes), "LOCAL_WORLD_SIZE": str(self._num_processes)}
-        ranks = [
-            self._forks.start(
-                "ranks_run.py", settings, cwd=ROOT / "tests", env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}
-            )
-            for r in range(self._num_processes)
-        ]
-        deadline = time.monotonic() + 900
-        while None in (ends := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
-            if any(ends):  # as the launcher does, with time for the others to say what they have met
-                deadline = min(deadline, time.monotonic() + 30)
-            time.sleep(0.05)
-        for rank in ranks:
-            rank.kill()
-        return max(abs(rank.wait()) for rank in ranks), "".join(rank.stderr.read_text() for rank in ranks)
+        arguments += ["--num_processes", str(self._num_processes), "ranks_run.py"]
+        done = self._forks.launch(arguments, "ranks_run.py", settings, cwd=ROOT / "tests", env=environment)
+        return done.returncode, done.stderr
 
     def finished(self, name: str) -> Path:
         """The folder of a run that is to have come to its end."""
@@ -223,7 +173,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(model_path, tmp_path_factory):
+def runs(model_path, forks, tmp_path_factory):
     """Runs from their beginning. The last one's last rank dies."""
     saved = {"save_strategy": "steps", "save_steps": 6}
     runs = {name: settings | ON_TWO_RANKS[name] | {"forced": True} for name, settings in COMPARED.items()}
@@ -232,7 +182,7 @@ def runs(model_path, tmp_path_factory):
         runs["too long a prompt"] = VLLM | {"vllm_max_model_length": 14, "is_refused": True}
     runs["reuse"] = {"reuse_rollouts": True, "is_refused": True}
     runs["killed"] = {"kill_at": 5, "save_strategy": "steps", "save_steps": 2}
-    return Runs(model_path, tmp_path_factory.mktemp("runs"), runs)
+    return Runs(model_path, tmp_path_factory.mktemp("runs"), runs, forks)
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,9 @@ else
 endif
 	touch $@
 
-# Two at a time, each file in one process: most tests use one core.
+# Each file in one process: most tests use one core, and one of three waits for something.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Those that need neither an engine nor long.
 test-fast: install

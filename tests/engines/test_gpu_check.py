@@ -1,6 +1,7 @@
 """`make gpu-check` in miniature: every part runs before there is a GPU."""
 
 import json
+import os
 import random
 import time
 from functools import cache, partial
@@ -25,6 +26,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the miniature is for a CPU; here is a GPU to check"),
 ]
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +130,29 @@ def unsharded(folder):
     measured(sharding, folder, "none")
 
 
-@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
-def test_sharding(folder, unsharded, tmp_path, name):
-    if name == "zero3":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
-    log = tmp_path / "log"
-    case = Case(name, str(folder), miniature=True)
-    assert gpu_check.run_case("benchmarks.gpu.sharding", case, 300, log) is None, log.read_text()[-4000:]
+def assert_sharding_changes_nothing(folder, name):
     numbers = [Number(**entry) for entry in json.loads((folder / f"{name}.numbers.json").read_text())]
     assert len(numbers) == 5
     assert all(number.is_held for number in numbers)
+
+
+def test_sharding(folder, unsharded, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make install` brings it")
+    log = tmp_path / "log"
+    case = Case("zero3", str(folder), miniature=True)
+    assert gpu_check.run_case("benchmarks.gpu.sharding", case, 300, log) is None, log.read_text()[-4000:]
+    assert_sharding_changes_nothing(folder, "zero3")
+
+
+def test_sharding_of_fsdp2(folder, unsharded, forks):
+    launch = partial(forks.launch, [*gpu_check.LAUNCHERS["fsdp2"][2:], "case"])
+    case = json.dumps({"name": "fsdp2", "folder": str(folder), "miniature": True})
+    environment = os.environ | gpu_check.ENVIRONMENT | gpu_check.ON_A_CPU
+    done = forks.launch(
+        launch, "-m", "benchmarks.gpu.case", "benchmarks.gpu.sharding", case, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_sharding_changes_nothing(folder, "fsdp2")
 
 
 FAKE = """
@@ -163,7 +180,7 @@ def measure(case):
 
 def test_each_part_ends_with_a_reason_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "fake_part.py").write_text(FAKE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     parts = {name: gpu_check.Part((name,), (name,), 0, (), "fake_part") for name in ("hangs", "raises", "dies")}
     parts["small"] = gpu_check.Part((), (), 0, ("no_such_package",))
     for name, cases in {"broken": ("broken",), "nan": ("nan",), "good": ("good", "good")}.items():

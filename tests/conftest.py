@@ -1,6 +1,7 @@
 """A tiny model, tokenizer and task on which a training step takes a few hundredths of a second."""
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import imports
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Qwen2Config
@@ -23,10 +25,20 @@ from e3_trl.batch import steps
 # On a model this small a second thread costs more than it brings, and on a busy machine a hundred times more.
 torch.set_num_threads(1)
 
+# Each training asks accelerate dozens of times what is installed, and each time it would read the packages' metadata.
+imports._is_package_available = functools.cache(imports._is_package_available)
+
+
 # Each training begins with a garbage collection, by accelerate. Among all that was imported that takes half a second,
 # several times as long as a tiny model's steps.
 gc.freeze()
 atexit.register(gc.unfreeze)  # or what ends with the interpreter is called a leak
+
+
+def pytest_collection_finish():
+    """And among all that was collected."""
+    gc.collect()
+    gc.freeze()
 
 
 # Those that take longest begin first, so that no process is left alone with one of them at the end.

@@ -1,6 +1,7 @@
 """Change the class name and it trains: what TRL's users do with GRPOTrainer, with E3GRPOTrainer in its place."""
 
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from e3_trl.batch.rollout_func import check_rollouts, misplaced_row
 from e3_trl.runs.checkpoint import dataset_fingerprint
 
 
+ROOT = Path(__file__).parents[1]
 UNIFORM = {"rollout_allocation": "uniform", "temperature_schedule": "constant", "micro_batching": "none"}
 
 
@@ -171,9 +173,11 @@ def image_messages() -> Dataset:
 @pytest.mark.slow
 def test_images_inside_messages_have_the_same_fingerprint_in_another_process(monkeypatch):
     """A memory address was in it, so that no run with images could be resumed."""
-    program = "from test_drop_in import *; print(dataset_fingerprint(image_messages()))"
+    program = ["import datasets, numpy as np", "from datasets import Dataset", "from PIL import Image"]
+    program += ["from e3_trl.runs.checkpoint import dataset_fingerprint", inspect.getsource(image_messages)]
+    program += ["print(dataset_fingerprint(image_messages()))"]
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", "\n".join(program)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **kwargs: pytest.fail("an image was decoded"))
     assert dataset_fingerprint(image_messages()) == done.stdout.strip()

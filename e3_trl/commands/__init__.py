@@ -12,8 +12,9 @@ from dataclasses import fields
 import yaml
 
 
-# Seconds in which a launcher has ended the other ranks when one has failed.
-LAUNCHER_ENDS_OTHERS = 5.0
+# Seconds in which a launcher has ended the other ranks when one has failed. On a busy machine one rank comes to it ten
+# seconds before another.
+LAUNCHER_ENDS_OTHERS = 20.0
 
 
 @contextmanager

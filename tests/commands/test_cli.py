@@ -324,8 +324,11 @@ def installed(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_trains_and_draws(installed, recipe, tmp_path):
     command = [sys.executable, str(installed / "bin" / "e3-trl")]
-    arguments = ["train", "--accelerate_config", "cpu", "--config", recipe()]
-    done = run(*command, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert {path.name for path in (installed / "e3_trl" / "accelerate_configs").iterdir()} >= {
+        "cpu.yaml",
+        "zero3.yaml",
+    }
+    done = run(*command, "train", "--config", recipe(), cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert str(installed / "e3_trl" / "__init__.py") in done.stdout.splitlines(), "not the clone's"
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 8

@@ -148,9 +148,7 @@ def test_sharding_of_fsdp2(folder, unsharded, forks):
     launch = partial(forks.launch, [*gpu_check.LAUNCHERS["fsdp2"][2:], "case"])
     case = json.dumps({"name": "fsdp2", "folder": str(folder), "miniature": True})
     environment = os.environ | gpu_check.ENVIRONMENT | gpu_check.ON_A_CPU
-    done = forks.launch(
-        launch, "-m", "benchmarks.gpu.case", "benchmarks.gpu.sharding", case, cwd=ROOT, env=environment
-    )
+    done = launch("-m", "benchmarks.gpu.case", "benchmarks.gpu.sharding", case, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert_sharding_changes_nothing(folder, "fsdp2")
 

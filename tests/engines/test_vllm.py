@@ -597,7 +597,9 @@ def test_without_a_length_the_models_own_context_counts(make_trainer, no_engine)
 
 def test_an_evaluation_of_a_saved_model_goes_on(model_path, tmp_path, monkeypatch):
     """What `e3-trl evaluate` samples with; test_evaluate.py has the rest of it."""
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in the engine's process, whose start would be mostly that
+    # Its start would be mostly compiling, and importing everything in another process.
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     problems = [f"say {name}:" for name in "abcdef"]
     config = SamplingConfig(num_samples=4, max_completion_length=30, chunk_size=2, dtype="float32", use_vllm=True)
     sampler = CompletionSampler(model_path, problems, config)

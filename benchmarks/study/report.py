@@ -34,6 +34,9 @@ MEASURES = {
     "families solved": "families solved",
     "all-wrong": "all-wrong, last quarter",
 }
+# What else methods are compared with, and what is in the names of those: what a change to E3 changes, and what E3 adds
+# to MaxRL's advantage.
+REFERENCES = {"e3": "e3_", "grpo_mean": "_mean"}
 TITLES = {"rules": "(a) which rule", "chains": "(b) chains of actions", "sums": "(c) noisy sums"}
 IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo", "grpo_mean", "e3_mean", "e3_spread_mean")
 
@@ -215,10 +218,10 @@ def table(title: str, numbers: dict, comparison: dict, costs: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def e3_table(comparison: dict[str, dict]) -> str:
-    """Markdown: what a change to E3 changes, against E3 on the same seed."""
+def table_of_differences(reference: str, comparison: dict[str, dict]) -> str:
+    """Markdown: each method against the reference on the same seed."""
     names = ["pass@1", "pass@16", "pass@64", "all-wrong"]
-    lines = ["| less E3 on the same seed | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    lines = [f"| less {reference} on the same seed | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
     for method, intervals in comparison.items():
         cells = ["{mean:+.3f} ({low:+.3f}, {high:+.3f})".format(**intervals[name]) for name in names]
         lines.append("| " + " | ".join([method, *cells]) + " |")
@@ -248,7 +251,9 @@ def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
         axes.set(title=f"{TITLES.get(task, task)}, {len(numbers['grpo'])} seeds", xlabel="k")
     panels[0].set(ylabel="held-out pass@k at temperature 1")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small", frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(6, 3 * len(tasks)), fontsize="small", frameon=False
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -275,7 +280,8 @@ def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, 
 
 
 def main(args: Arguments) -> None:
-    tasks, comparisons, to_e3, costs = {}, {}, {}, {}
+    tasks, comparisons, costs = {}, {}, {}
+    to_others: dict[str, dict] = {reference: {} for reference in REFERENCES}
     study, name = read_study(args.config), Path(args.config).stem
     text = f"# The study ({name}.yaml)\n\nMade by `python -m benchmarks.study.report --config {args.config}`; what the"
     text += " columns mean stands at the end.\n\n"
@@ -294,13 +300,15 @@ def main(args: Arguments) -> None:
         comparisons[task] = {m: compare(numbers[m], grpo) for m in compared}
         costs[task] = {m: cost(numbers[m], grpo) for m in numbers if m != "base"}
         text += table(TITLES.get(task, task), numbers, comparisons[task], costs[task]) + "\n"
-        variants = [m for m in compared if m.startswith("e3_") and "e3" in compared]
-        to_e3[task] = {m: compare(numbers[m], numbers["e3"]) for m in variants}
-        if to_e3[task]:
-            text += e3_table(to_e3[task]) + "\n"
+        for reference, part in REFERENCES.items():
+            others = [m for m in compared if part in m and m != reference and reference in compared]
+            to_others[reference][task] = {m: compare(numbers[m], numbers[reference]) for m in others}
+            if others:
+                text += table_of_differences(reference, to_others[reference][task]) + "\n"
     for folder in (results, figures):
         folder.mkdir(parents=True, exist_ok=True)
-    differences = {"difference_to_grpo": comparisons, "difference_to_e3": to_e3}
+    differences = {"difference_to_grpo": comparisons}
+    differences |= {f"difference_to_{reference}": of_tasks for reference, of_tasks in to_others.items()}
     write_json(results / f"{name}.json", {"runs": tasks, **differences, "cost": costs})
     (results / f"{name}.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / f"{name}_pass_at_k.png")

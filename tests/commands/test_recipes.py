@@ -43,6 +43,14 @@ BLOCKS = {
         "vllm_importance_sampling_correction": True,
         "vllm_importance_sampling_mode": "token_truncate",
     },
+    "best": {
+        "rollout_allocation": "rank",
+        "temperature_schedule": "entropy",
+        "temperature_spread": 0.5,
+        "advantage_scale": "mean",
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+    },
 }
 PARSERS = {"e3-trl plot": make_plot_parser, "e3-trl push": make_push_parser}
 PAPERS_RUNS = {"grpo", "grpo_er", "grpo_ts", "grpo_ts_an", "dapo", "e3"}
@@ -131,6 +139,16 @@ def test_recipes_differ_from_grpo_in_their_own_block_alone(folder, name):
     assert differs == BLOCKS[name]
     assert not grpo.keys() - recipe.keys()
     assert (grpo["rollout_allocation"], grpo["temperature_schedule"]) == ("uniform", "constant")
+
+
+def test_the_quickstarts_best_recipe_is_what_the_study_ran():
+    study = yaml.safe_load((ROOT / "benchmarks" / "study" / "efficiency.yaml").read_text())
+    best, e3 = (
+        yaml.safe_load((ROOT / f"recipes/quickstart/config_{name}.yaml").read_text()) for name in ("best", "e3")
+    )
+    differs = {key: value for key, value in best.items() if value != e3.get(key)}
+    assert differs.pop("output_dir") != e3["output_dir"]
+    assert differs == study["methods"]["e3_spread_mean"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)

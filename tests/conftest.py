@@ -28,7 +28,6 @@ torch.set_num_threads(1)
 # Each training asks accelerate dozens of times what is installed, and each time it would read the packages' metadata.
 imports._is_package_available = functools.cache(imports._is_package_available)
 
-
 # Each training begins with a garbage collection, by accelerate. Among all that was imported that takes half a second,
 # several times as long as a tiny model's steps.
 gc.freeze()

@@ -8,6 +8,7 @@ import yaml
 
 from benchmarks.study import foretell, report, run
 from e3_trl.runs.rollout_log import RolloutLog
+from recipes.quickstart.task import RuleTask
 
 
 @pytest.fixture
@@ -110,6 +111,31 @@ def test_the_numbers_of_a_run():
     assert (numbers["rollouts to goal"], numbers["tokens to goal"]) == (40, 400)
     assert report.measure(made_up([64, 64, 32, 0]), base, ["1", "2"], goal=0.5)["rollouts to goal"] == 20
     assert report.measure(made_up([64, 64, 32, 0]), base, ["1", "2"], goal=0.95)["rollouts to goal"] is None
+
+
+def test_the_report_compares_with_e3_and_with_maxrl_alone(tmp_path, capsys):
+    correct = {"grpo": 16, "e3": 32, "e3_mean": 64, "grpo_mean": 48}
+    methods = {name: {} for name in correct}
+    study = {"tasks": {"rules": {"task": "recipes.quickstart.task.RuleTask"}}, "methods": methods}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    for seed in range(3):
+        folder = tmp_path / "rules" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        base = {"correct": [8, 8], "level": list(RuleTask.levels)[::3][:2], "family": ["A", "B"]}
+        runs = {"base": base} | {name: made_up([count] * 2) for name, count in correct.items()}
+        for name, made in runs.items():
+            (folder / f"{name}.json").write_text(json.dumps(made))
+    folders = {name: str(tmp_path / "out") for name in ("results_dir", "figures_dir")}
+    report.main(report.Arguments(config=str(tmp_path / "study.yaml"), study_dir=str(tmp_path), **folders))
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    means = {
+        reference: {name: one["pass@1"]["mean"] for name, one in found[f"difference_to_{reference}"]["rules"].items()}
+        for reference in ("grpo", "e3", "grpo_mean")
+    }
+    assert means["grpo"] == {"e3": 0.25, "grpo_mean": 0.5, "e3_mean": 0.75}
+    assert means["e3"] == {"e3_mean": 0.5}
+    assert means["grpo_mean"] == {"e3_mean": 0.25}
+    assert "| less grpo_mean on the same seed |" in capsys.readouterr().out
 
 
 def test_methods_are_compared_seed_by_seed():

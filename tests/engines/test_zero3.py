@@ -145,7 +145,7 @@ class Runs:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}  # both ranks on the CPU
         environment |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts says where
-        # vLLM's start would be compiling, of which tests/test_vllm.py has enough.
+        # vLLM's start would be compiling, of which test_vllm.py has enough.
         environment |= {"TORCH_COMPILE_DISABLE": "1"}
         environment |= {"PYTHONPATH": str(ROOT)}  # of benchmarks
         arguments = ["--config_file", f"{ROOT}/accelerate_configs/{self._config}.yaml", "--mixed_precision", "no"]

@@ -5,7 +5,6 @@ import os
 import random
 import runpy
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,6 +103,15 @@ if __name__ == "__main__":
 """
 
 
+WITHOUT_INFERENCE = """
+import runpy, sys
+from benchmarks.gpu.sharding import leave_out_inference
+leave_out_inference()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, forks, tmp_path):
@@ -111,11 +119,11 @@ def test_trains_with_zero3_and_vllm_and_vllm_loads_the_saved_model(prepared, for
     pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it")
     if torch.cuda.is_available():
         pytest.skip("vLLM's build for GPUs does not run on a CPU, which this recipe is for")
-    accelerate = ["--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml", f"{ROOT}/recipes/train.py"]
+    (tmp_path / "without_inference.py").write_text(WITHOUT_INFERENCE)
+    launch = ["accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/zero3_cpu.yaml"]
+    launch += ["--main_process_port", "0", str(tmp_path / "without_inference.py"), f"{ROOT}/recipes/train.py"]
     recipe = ["--config", f"{ROOT}/recipes/quickstart/config_e3_zero3_vllm.yaml", "--max_steps", "3"]
-    run(
-        prepared, f"{ROOT}/recipes/train.py", *recipe, run=partial(forks.launch, accelerate), TORCH_COMPILE_DISABLE="1"
-    )
+    run(prepared, "-m", *launch, *recipe, run=forks.run, TORCH_COMPILE_DISABLE="1")
     folder = prepared / "outputs" / "quickstart-zero3-vllm"
     history = [
         entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry

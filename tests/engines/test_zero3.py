@@ -2,8 +2,8 @@
 The real DeepSpeed ZeRO-3 on two ranks, on a CPU; and less of FSDP2 and of ZeRO-2.
 
 Starting two processes takes longer than what most tests have them do. So each launch does all the runs that it can,
-one after another, and the tests look at what these have left. `accelerate launch` itself is in test_gpu_check.py,
-test_cli.py and test_train_recipe.py.
+one after another, and the tests look at what these have left. `accelerate launch` itself starts two
+ranks of ZeRO-3 in test_quickstart.py.
 """
 
 import importlib.util

@@ -173,7 +173,7 @@ def make_chat_dataset() -> Dataset:
 
 TRAINER_ARGUMENTS = {
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "callbacks", "peft_config",
-    "rollout_func", "environment_factory", "tools",
+    "rollout_func", "quantization_config", "environment_factory", "tools",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ tokens, C = `max_completion_length` of them completion.
   4 P/N, optimizer 12 P/N (the float32 copy and Adam's two moments).
 - LoRA on one GPU: weights b P + 4 P_t with b bytes in `dtype` (`auto` = the checkpoint's), gradients 4 P_t, optimizer
   8 P_t. In 4 bits (`load_in_4bit`) the P_q parameters of linear layers other than the LM head take 1/2 + 1/16 bytes,
-  with `use_bnb_nested_quant` 1/2 + 1/64 + 1/4096; TRL then has the adapter in bfloat16, so half of what P_t takes.
+  with `use_bnb_nested_quant` 1/2 + 1/64 + 1/4096.
 - Activations with checkpointing: 2 L R S h for the inputs of all layers; 2 x 2 R S (12 h + 4 i), one layer computed
   again and as much for its gradients, with LoRA 6 h + i more for the adapters' inputs; 2 R S^2 for the mask.
 - Logits: TRL projects them tile by tile, so 2 x the tile and 4 R C h for the gradient; 4 V h more if the head is
@@ -149,11 +149,10 @@ def estimate(path: Path, hub: bool = False, gpus: tuple[int, int, int] | None = 
     memory = {"gpu": GPU_MEMORY.get(size, size * 10**9)}
     if model.use_peft:
         dtype = config.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-        adapter = 2 if model.load_in_4bit else 4
         bits = FOUR_BITS_NESTED if model.use_bnb_nested_quant else FOUR_BITS
         memory["weights"] = (dtype or torch.float32).itemsize * (total - in_4_bits) + bits * in_4_bits
-        memory["weights"] += adapter * trained
-        memory["gradients"], memory["optimizer"] = adapter * trained, 2 * adapter * trained
+        memory["weights"] += 4 * trained
+        memory["gradients"], memory["optimizer"] = 4 * trained, 8 * trained
     else:
         _, states, gathered = estimate_zero3_model_states_mem_needs(
             total,

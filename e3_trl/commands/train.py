@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils import is_matplotlib_available
+from accelerate.utils import is_bnb_available, is_matplotlib_available
 from datasets import Dataset, DatasetDict, load_dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -108,6 +108,11 @@ def make_trainer(script_args: E3ScriptArguments, training_args: FastGRPOConfig, 
     """The trainer that a recipe describes; `ValueError` if something in it is wrong."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set. Name a model on the Hub, or its folder.")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not is_bnb_available():
+        raise ValueError(
+            f"load_in_{4 if model_args.load_in_4bit else 8}bit is True, and bitsandbytes is not installed. "
+            "`pip install 'e3-trl[quantization]'`."
+        )
     if training_args.hub_token is not None:
         # transformers pickles the arguments beside the model, and that file is pushed.
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None

@@ -39,6 +39,8 @@ class FastGRPOTrainer(GRPOTrainer):
       log-probs are those of the loss's own forward pass. Rows that cannot change the gradient only go forward.
     - A colocated vLLM gets one request per prompt, and one call for a whole evaluation.
     - The temperature can be set at any time, and reaches sampling, log-probs and entropies alike.
+    - Beside a base in 4 bits an adapter stays in float32, as PEFT makes it. TRL rounds it to bfloat16, where most
+      updates of a small learning rate are lost.
     - A run goes on exactly where its last checkpoint was; a reward function that raises, a lost vLLM server, a full
       disk or a second run in the same folder loses nothing.
 
@@ -141,6 +143,12 @@ class FastGRPOTrainer(GRPOTrainer):
         with server_errors_named(args, model), engine:
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)
         self.reward_guard = RewardGuard(self)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # both want one dtype
+        is_quantized = any(getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        if is_quantized and not is_sharded:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:  # at a resume PEFT makes them float32 as well
+                    parameter.data = parameter.data.float()
         if self.use_vllm:
             RolloutGeneration.adopt(self.vllm_generation, args.vllm_lora_sync)
         connect(self.live_temperature, self)

@@ -227,6 +227,7 @@ def test_trains_lora_on_prepared_data_with_validation(recipe, tmp_path):
         ({"dataset_name": None}, "dataset_name is not set. Name a dataset"),
         ({"model_name_or_path": None}, "model_name_or_path is not set. Name a model"),
         ({"num_generations_min": 5}, "num_generations_min is 5"),
+        ({"load_in_4bit": True}, r"load_in_4bit is True.*pip install 'e3-trl\[quantization\]'"),
     ],
     ids=str,
 )
@@ -235,6 +236,7 @@ def test_a_mistake_in_the_recipe_is_named(recipe, monkeypatch, settings, message
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(train, "is_bnb_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         train.main(*train.make_parser().parse_args_and_config(["--config", recipe(**settings)]))
 

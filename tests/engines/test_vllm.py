@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from functools import partial
-from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 from unittest.mock import Mock
@@ -14,16 +14,18 @@ import torch
 from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows, vowel_reward
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, LoraModel
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
 from e3_trl import FastGRPOConfig, FastGRPOTrainer, read_rollouts
+from e3_trl.commands import train
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig
-from e3_trl.grpo import adapter_sync
+from e3_trl.grpo import adapter_sync, checks
 from e3_trl.grpo import vllm as e3_vllm
 from e3_trl.grpo.checks import LORA_RANKS
 
 
+ROOT = Path(__file__).parents[2]
 SamplingParams = pytest.importorskip("vllm", reason="vLLM is not installed: `make install` brings it").SamplingParams
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -282,6 +284,53 @@ def test_a_resumed_run_draws_the_same_completions(make_trainer, float32_engine, 
         row for row in read_rollouts(whole.args.output_dir) if row["step"] > 6
     ]
     assert logged(resumed, "reward") == logged(whole, "reward")
+
+
+def test_the_recipe_with_a_base_in_4_bits(tmp_path, monkeypatch):
+    """In small, but with its base in 4 bits on either side, and only the adapter sent. Then resumed."""
+    path = save_tiny_model(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)  # both sides round it alike
+    make_dataset().to_json(tmp_path / "train.jsonl")
+    settings = {
+        "model_name_or_path": path,
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "reward_funcs": "tests.conftest.vowel_reward",
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": False,
+        "num_generations": 4,
+        "num_generations_min": 2,
+        "num_generations_max": 8,
+        "max_completion_length": 8,
+        "vllm_max_model_length": 64,
+        "vllm_gpu_memory_utilization": 0.2,
+        "vllm_enable_sleep_mode": False,
+        "learning_rate": 5e-3,
+        "max_steps": 12,
+        "save_steps": 6,
+        "eval_strategy": "no",
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+    def run(folder, checkpoint=None):
+        given = {**settings, "output_dir": str(tmp_path / folder)}
+        arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        recipe = str(ROOT / "recipes" / "DeepSeek-R1-Distill-Qwen-7B" / "config_e3_qlora_24gb.yaml")
+        trainer = train.make_trainer(*train.make_parser().parse_args_and_config(["--config", recipe, *arguments]))
+        trainer.train(checkpoint)
+        return trainer
+
+    whole = run("whole")
+    assert {parameter.dtype for parameter in whole.model.parameters() if parameter.requires_grad} == {torch.float32}
+    differences = logged(whole, "sampling/sampling_logp_difference/mean")
+    assert len(differences) == 12
+    assert 0 < max(differences) < 0.03
+    resumed = run("resumed", f"{tmp_path}/whole/checkpoint-6")
+    assert read_rollouts(tmp_path / "resumed") == [row for row in read_rollouts(tmp_path / "whole") if row["step"] > 6]
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    trained = {name: value for name, value in whole.model.state_dict().items() if "lora_" in name}
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in trained.items())
 
 
 def test_copies_of_a_prompt_differ(make_trainer, float32_engine):
@@ -552,8 +601,8 @@ def test_an_adapter_of_an_embedding_is_refused_before_an_engine_is_started(make_
         make_trainer(**VLLM, vllm_lora_sync=True, peft_config=lora)
 
 
-@pytest.mark.skipif(find_spec("vllm_bnb_plugin") is not None, reason="it is installed")
-def test_a_base_in_4_bits_that_this_vllm_cannot_load_is_refused(tmp_path, no_engine):
+def test_a_base_in_4_bits_that_this_vllm_cannot_load_is_refused(tmp_path, no_engine, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", {"vllm": "is there"}.get)
     with pytest.raises(ValueError, match="load_in_4bit is True.*pip install vllm-bnb-plugin"):
         FastGRPOTrainer(
             "no/model",

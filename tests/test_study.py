@@ -55,7 +55,8 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     # Where the runs are gone, what was reported of them stays.
     report.main(report.Arguments(study_dir=str(tmp_path / "gone"), **folders))
     assert json.loads((tmp_path / "results" / "study.json").read_text()) == found
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["study_pass_at_k.png"]
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"study_pass_at_k.png", "study_runs.png"}
 
 
 def test_what_replay_foretells_is_set_beside_what_runs_had(tmp_path):
@@ -93,7 +94,8 @@ def test_what_is_not_in_the_study_is_named(small_study):
 
 def made_up(correct, **changes) -> dict:
     """A run of four steps of 10 rollouts and 100 tokens, evaluated at the second and the last."""
-    log = {"entropy": [0.2, 0.2, 0.1, 0.3], "target_entropy": [0.2] * 4, "rollouts/all_wrong": [0.5, 0.4, 0.3, 0.1]}
+    log = {"entropy": [0.2, 0.2, 0.1, 0.3], "target_entropy": [0.2] * 4, "temperature": [1.0] * 4}
+    log["rollouts/all_wrong"] = [0.5, 0.4, 0.3, 0.1]
     made = {"correct": correct, "correct_at_own_temperature": correct, "last_temperature": 1.0, "seconds": 1.0}
     made |= {"rollouts": [0, 10, 10, 10, 10], "tokens": [0, 100, 100, 100, 100], "log": log}
     return made | {"evaluated_at": [2, 4], "pass@1": [0.5, 0.9]} | changes

@@ -1,12 +1,13 @@
 """
-What the study found: one table, two figures, and the numbers behind them.
+What the study found: tables, three figures, and the numbers behind them.
 
     python -m benchmarks.study.report [--config benchmarks/study/study.yaml --study_dir outputs/study]
 
 Writes, by the name of the study's file, `study.json` (every number of every seed), `study.md` (the tables),
-`study_pass_at_k.png` and `study_differences.png`. It can be run while the study runs: what is there is reported, with
-the number of seeds. A task that is not in the folder stays as `study.json` has it. Within a task nothing is mixed: on
-another processor the same seed gives another base model, and a difference to GRPO is between runs from the same one.
+`study_pass_at_k.png`, `study_differences.png` and `study_runs.png`. It can be run while the study runs: what is there
+is reported, with the number of seeds. A task that is not in the folder stays as `study.json` has it. Within a task
+nothing is mixed: on another processor the same seed gives another base model, and a difference to GRPO is between runs
+from the same one.
 """
 
 import json
@@ -38,6 +39,14 @@ MEASURES = {
 # to MaxRL's advantage.
 REFERENCES = {"e3": "e3_", "grpo_mean": "_mean"}
 TITLES = {"rules": "(a) which rule", "chains": "(b) chains of actions", "sums": "(c) noisy sums"}
+# Of the picture of whole runs, the README's; and the steps that a mean is of, for a batch has few prompts.
+IN_RUNS = {"grpo": "GRPO", "e3": "E3", "e3_spread_mean": "E3 with config_best"}
+CURVES = {
+    "entropy": "mean token entropy (nats)",
+    "temperature": "sampling temperature",
+    "rollouts/all_wrong": "share of prompts with no right rollout",
+}
+WINDOW = 9
 IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo", "grpo_mean", "e3_mean", "e3_spread_mean")
 
 
@@ -257,6 +266,42 @@ def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_runs(folder: Path, numbers: dict[str, dict], path: Path) -> None:
+    """Entropy, temperature and all-wrong prompts through the runs of a task, and pass@k: means and ranges of seeds."""
+    methods = [method for method in IN_RUNS if method in numbers]
+    logs = {
+        method: [
+            json.loads((folder / f"seed{seed}" / f"{method}.json").read_text())["log"] for seed in numbers[method]
+        ]
+        for method in methods
+    }
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    *panels, of_pass_at_k = figure.subplots(2, 2).ravel()
+
+    def draw(axes, xs, curves, label: str, **style) -> None:
+        axes.plot(xs, curves.mean(axis=0), label=label, **style)
+        axes.fill_between(xs, curves.min(axis=0), curves.max(axis=0), alpha=0.15, linewidth=0, color=style["color"])
+
+    for index, method in enumerate(methods):
+        style = {"label": IN_RUNS[method], "color": f"C{index}"}
+        for axes, name in zip(panels, CURVES, strict=True):
+            window = min(WINDOW, len(logs[method][0][name]))
+            curves = np.array([np.convolve(log[name], np.ones(window) / window, "valid") for log in logs[method]])
+            draw(axes, np.arange(curves.shape[1]) + 1 + window // 2, curves, **style)
+    for index, method in enumerate(["base", *methods]):
+        style = {"label": IN_RUNS.get(method, "base model"), "marker": "o", "markersize": 4}
+        style["color"] = f"C{index - 1}" if index else "black"
+        draw(of_pass_at_k, KS, np.array([[one[f"pass@{k}"] for k in KS] for one in numbers[method].values()]), **style)
+    for axes, label in zip(panels, CURVES.values(), strict=True):
+        axes.set(xlabel="step", ylabel=label)
+    of_pass_at_k.set_xscale("log", base=2)
+    of_pass_at_k.set_xticks(KS, labels=KS)
+    of_pass_at_k.set(xlabel="k", ylabel="held-out pass@k at temperature 1")
+    handles, labels = of_pass_at_k.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, dict], path: Path) -> None:
     """Every method's difference to GRPO with its interval, a panel per measure."""
     names = {"pass@1": "pass@1", "pass@16": "pass@16", "pass@64": "pass@64", "all-wrong": "all-wrong (less is better)"}
@@ -313,6 +358,8 @@ def main(args: Arguments) -> None:
     (results / f"{name}.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / f"{name}_pass_at_k.png")
     first = next(iter(tasks))
+    if (Path(args.study_dir) / first).is_dir():
+        draw_runs(Path(args.study_dir) / first, tasks[first], figures / f"{name}_runs.png")
     if comparisons[first]:
         draw_differences(first, tasks[first], comparisons[first], figures / f"{name}_differences.png")
     print(text)

@@ -92,13 +92,14 @@ OF_BASE := --seed $(SEED) --model_name_or_path $(BASE) --dataset_name $(BASE)/tr
 # Another seed has other rules, families, problems and another base model.
 quickstart: install
 	$(BIN)/python -m recipes.quickstart.prepare --seed $(SEED) --output_dir $(BASE)
-	$(LAUNCH) --config recipes/quickstart/config_e3.yaml $(OF_BASE) --output_dir $(RUN)
+	$(LAUNCH) --config recipes/quickstart/config_best.yaml $(OF_BASE) --output_dir $(RUN)
 	$(BIN)/python -m recipes.quickstart.report $(RUN)
 
-# The same with plain GRPO, beside the E3 run of the same seed.
+# The same with the paper's E3 and with GRPO, beside the run of the same seed.
 quickstart-compare: quickstart
+	$(LAUNCH) --config recipes/quickstart/config_e3.yaml $(OF_BASE) --output_dir $(RUN)-e3
 	$(LAUNCH) --config recipes/quickstart/config_grpo.yaml $(OF_BASE) --output_dir $(RUN)-grpo
-	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-grpo
+	$(BIN)/python -m recipes.quickstart.report $(RUN) $(RUN)-e3 $(RUN)-grpo
 
 # A pretrained model on problems of reasoning-gym: made, warmed up, and trained by every method of its study, two runs at
 # a time. What is there is not made again, and a run that was killed goes on from its checkpoint.

@@ -33,7 +33,7 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     parameters = f"teaching_steps, training_steps = 10, 3\nfolder = {str(tmp_path)!r}"
     *_, (_, left) = run("quickstart.ipynb", parameters)
     assert {name: [*scores] for name, scores in left["table"].items()} == {
-        name: ["pass@1", "pass@4", "pass@16", "pass@64"] for name in ("base", "grpo", "e3")
+        name: ["pass@1", "pass@4", "pass@16", "pass@64"] for name in ("base", "grpo", "e3", "best")
     }
     assert (tmp_path / "figures" / "entropy.png").is_file()
 

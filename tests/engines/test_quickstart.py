@@ -51,11 +51,11 @@ def run_here(prepared, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_trains_and_reports(prepared, run_here):
-    for config in ("e3", "grpo"):
+    for config in ("best", "grpo"):
         recipe = f"{ROOT}/recipes/quickstart/config_{config}.yaml"
         run_here(f"{ROOT}/recipes/train.py", "--config", recipe, "--max_steps", "36")
     table = run_here("recipes.quickstart.report", "outputs/quickstart", "outputs/quickstart-grpo")
-    assert "pass@16" in table
+    assert "pass@64" in table
     assert "Most frequent answers of 64" in table
     folder = prepared / "outputs" / "quickstart"
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
@@ -63,6 +63,7 @@ def test_trains_and_reports(prepared, run_here):
     assert report.keys() >= {"before", "quickstart", "grpo"}
     assert report["seed"] == 0
     assert report["settings"]["temperature_schedule"] == "entropy"
+    assert report["settings"]["advantage_scale"] == "mean"
     assert set(report["before"]["pass@1"]) == {*RuleTask.levels, "all"}
     assert report["answers"].keys() == {"before", "quickstart", "grpo"}
     assert set(report["answers"]["before"]) == set(RuleTask.levels)

@@ -289,5 +289,5 @@ def test_where_vllm_is_not_installed_trl_says_where_to_get_it(monkeypatch):
         assert not hasattr(vllm_generation, "LLM")
     # Of a package that is not there, parts cannot be asked for.
     monkeypatch.setattr(checks, "find_spec", {"vllm": None, "vllm_bnb_plugin": None}.__getitem__)
-    args = SimpleNamespace(use_vllm=True, vllm_mode="colocate")
-    checks.check_four_bits(args, SimpleNamespace(load_in_4bit=True))
+    args = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_lora_sync=True)
+    checks.check_quantized_base(args, SimpleNamespace(load_in_4bit=True))

@@ -149,15 +149,16 @@ def reward_name(func) -> str:
 
 class EngineCheckCallback(TrainerCallback):
     """
-    Checks what a colocated vLLM is asked to hold, at the one place where the trainer has its model and tokenizer and
-    has not started the engine.
+    Checks what vLLM is asked to hold, at the one place where the trainer has its model and tokenizer and has not
+    started the engine.
 
     Args:
         trainer ([`FastGRPOTrainer`]): the trainer, as yet half built.
         datasets (`list`): what it trains and evaluates on.
 
     Raises:
-        `ValueError`: see [`check_tied_embeddings`], [`check_adapted_modules`] and [`check_colocated_vllm`].
+        `ValueError`: see [`check_quantized_base`], [`check_tied_embeddings`], [`check_adapted_modules`] and
+            [`check_colocated_vllm`].
     """
 
     def __init__(self, trainer, datasets: list):
@@ -165,6 +166,7 @@ class EngineCheckCallback(TrainerCallback):
         self.datasets = datasets
 
     def on_init_end(self, args, state, control, **kwargs):
+        check_quantized_base(args, self.trainer.model)
         if not (args.use_vllm and args.vllm_mode == "colocate"):
             return
         trainer = self.trainer
@@ -249,18 +251,32 @@ def adapter_of(model, peft_config: PeftConfig | None) -> PeftConfig:
     return peft_config
 
 
-def check_four_bits(args, quantization_config) -> None:
+def quantized_bits(base) -> int | None:
+    """4 or 8 if a model, or the `transformers.BitsAndBytesConfig` that it is to be loaded with, is of so many bits."""
+    names = {bits: (f"is_loaded_in_{bits}bit", f"load_in_{bits}bit") for bits in (4, 8)}
+    return next((bits for bits, of_bits in names.items() if any(getattr(base, name, False) for name in of_bits)), None)
+
+
+def check_quantized_base(args, base) -> None:
     """
-    Raise `ValueError` if a colocated vLLM could not load the base of a policy in 4 bits: it takes a package for that,
-    which came with vLLM before 0.28.
+    Raise `ValueError` if vLLM could not sample from a policy whose base is in 4 or 8 bits. What TRL sends of merged
+    weights is packed, without its scales: after one update of a tiny model log-probs were off by 0.5. And to load a
+    base in 4 bits takes a package, which came with vLLM before 0.28.
 
     Args:
         args ([`FastGRPOConfig`]): the run's configuration.
-        quantization_config (`transformers.BitsAndBytesConfig`, *optional*): as the trainer gets it.
+        base ([`~transformers.PreTrainedModel`] or `transformers.BitsAndBytesConfig`, *optional*): the policy, or how
+            its base is to be quantized.
     """
-    is_asked_for = args.use_vllm and args.vllm_mode == "colocate"
-    if not (is_asked_for and getattr(quantization_config, "load_in_4bit", False)):
+    bits = quantized_bits(base)
+    if not (args.use_vllm and bits):
         return
+    if bits == 8 or args.vllm_mode != "colocate" or not args.vllm_lora_sync:
+        raise ValueError(
+            f"load_in_{bits}bit is True, and use_vllm, but vLLM cannot be sent the weights of such a base. Set "
+            "load_in_4bit, vllm_mode to 'colocate' and vllm_lora_sync to True, which sends the adapter alone, or "
+            "use_vllm to False."
+        )
     if find_spec("vllm") is None:  # TRL says where to get it
         return
     if not any(map(find_spec, ("vllm_bnb_plugin", "vllm.model_executor.layers.quantization.bitsandbytes"))):

@@ -17,7 +17,7 @@ from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .adapter_sync import engine_for_adapter
-from .checks import EngineCheckCallback, adapter_of, check_data, check_four_bits, check_loading
+from .checks import EngineCheckCallback, adapter_of, check_data, check_loading, check_quantized_base, quantized_bits
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -126,7 +126,7 @@ class FastGRPOTrainer(GRPOTrainer):
         datasets = [train_dataset, *eval_list]
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
         check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
-        check_four_bits(args, kwargs.get("quantization_config"))
+        check_quantized_base(args, kwargs.get("quantization_config"))
         engine = nullcontext()
         if args.vllm_lora_sync:
             engine = engine_for_adapter(adapter_of(model, kwargs.get("peft_config")).r)
@@ -144,8 +144,7 @@ class FastGRPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)
         self.reward_guard = RewardGuard(self)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # both want one dtype
-        is_quantized = any(getattr(self.model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-        if is_quantized and not is_sharded:
+        if quantized_bits(self.model) and not is_sharded:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:  # at a resume PEFT makes them float32 as well
                     parameter.data = parameter.data.float()

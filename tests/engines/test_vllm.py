@@ -11,13 +11,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows, vowel_reward
+from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, LoraModel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
-from e3_trl import FastGRPOConfig, FastGRPOTrainer, read_rollouts
+from e3_trl import read_rollouts
 from e3_trl.commands import train
 from e3_trl.evaluation.completions import CompletionSampler, SamplingConfig
 from e3_trl.grpo import adapter_sync, checks
@@ -601,16 +601,28 @@ def test_an_adapter_of_an_embedding_is_refused_before_an_engine_is_started(make_
         make_trainer(**VLLM, vllm_lora_sync=True, peft_config=lora)
 
 
-def test_a_base_in_4_bits_that_this_vllm_cannot_load_is_refused(tmp_path, no_engine, monkeypatch):
+@pytest.mark.parametrize(
+    ("bits", "settings", "message"),
+    [
+        (4, {}, "load_in_4bit is True, and use_vllm.*vllm_lora_sync to True"),
+        (8, {"vllm_lora_sync": True}, "load_in_8bit is True, and use_vllm.*Set load_in_4bit"),
+        (4, {"vllm_lora_sync": True}, "load_in_4bit is True.*pip install vllm-bnb-plugin"),
+    ],
+)
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["to be loaded", "loaded"])
+def test_a_base_that_vllm_cannot_have_in_few_bits_is_refused(
+    make_trainer, model_path, no_engine, monkeypatch, bits, settings, message, is_loaded
+):
+    """Its packed weights are sent without their scales: log-probs were off by 0.5 after one update."""
     monkeypatch.setattr(checks, "find_spec", {"vllm": "is there"}.get)
-    with pytest.raises(ValueError, match="load_in_4bit is True.*pip install vllm-bnb-plugin"):
-        FastGRPOTrainer(
-            "no/model",
-            vowel_reward,
-            FastGRPOConfig(str(tmp_path), report_to="none", bf16=False, max_completion_length=8, **VLLM),
-            make_dataset(),
-            quantization_config=SimpleNamespace(load_in_4bit=True),
-        )
+    given = {**VLLM, **settings, "peft_config": LoraConfig(target_modules="all-linear", r=4)}
+    if is_loaded:
+        given["model"] = AutoModelForCausalLM.from_pretrained(model_path)
+        setattr(given["model"], f"is_loaded_in_{bits}bit", True)
+    else:
+        given |= {"model": "no/model", "quantization_config": SimpleNamespace(**{f"load_in_{bits}bit": True})}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**given)
 
 
 def test_an_engine_with_room_for_an_adapter_keeps_its_base_asleep(monkeypatch):

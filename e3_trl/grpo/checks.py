@@ -271,18 +271,26 @@ def check_quantized_base(args, base) -> None:
     bits = quantized_bits(base)
     if not (args.use_vllm and bits):
         return
+    how = getattr(base, "hf_quantizer", None)
+    how = base if how is None or how.pre_quantized else how.quantization_config  # of a checkpoint it is read by both
     if bits == 8 or args.vllm_mode != "colocate" or not args.vllm_lora_sync:
         raise ValueError(
             f"load_in_{bits}bit is True, and use_vllm, but vLLM cannot be sent the weights of such a base. Set "
             "load_in_4bit, vllm_mode to 'colocate' and vllm_lora_sync to True, which sends the adapter alone, or "
             "use_vllm to False."
         )
+    kind = getattr(how, "bnb_4bit_quant_type", "nf4")
+    if kind != "nf4":
+        raise ValueError(
+            f"bnb_4bit_quant_type is {kind!r}, and vLLM quantizes a base to 'nf4': it would sample from another "
+            "policy. Set it to 'nf4', which is not BitsAndBytesConfig's default."
+        )
     if find_spec("vllm") is None:  # TRL says where to get it
         return
     if not any(map(find_spec, ("vllm_bnb_plugin", "vllm.model_executor.layers.quantization.bitsandbytes"))):
         raise ValueError(
-            "load_in_4bit is True, and this vLLM loads no model in 4 bits without vllm-bnb-plugin. "
-            "`pip install vllm-bnb-plugin`, or set load_in_4bit to False."
+            "The base is in 4 bits, and this vLLM loads none without vllm-bnb-plugin. `pip install --no-deps "
+            "vllm-bnb-plugin` (--no-deps, for it asks for vLLM's CUDA build), or set load_in_4bit to False."
         )
 
 

@@ -17,7 +17,7 @@ from ..runs.optimizer import settings_kept
 from ..runs.publishing import complete_model_card, only_what_is_listed
 from ..runs.report import describe_run
 from .adapter_sync import engine_for_adapter
-from .checks import EngineCheckCallback, adapter_of, check_data, check_loading, check_quantized_base, quantized_bits
+from .checks import EngineCheckCallback, adapter_of, check_data, check_loading, check_quantized_base
 from .config import FastGRPOConfig
 from .evaluation import Batches, Evaluation, name_after_set
 from .live_temperature import LiveTemperature, RowTemperatures, connect
@@ -28,6 +28,7 @@ from .sampler import PassCallback, PassSampler
 from .scoring import answered, is_planned, zeros
 from .vllm import RolloutGeneration, server_errors_named
 from .watch import WatchCallback
+from .weights import keep_in_float32, trained_adapter, unrounded
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -39,8 +40,9 @@ class FastGRPOTrainer(GRPOTrainer):
       log-probs are those of the loss's own forward pass. Rows that cannot change the gradient only go forward.
     - A colocated vLLM gets one request per prompt, and one call for a whole evaluation.
     - The temperature can be set at any time, and reaches sampling, log-probs and entropies alike.
-    - Beside a base in 4 bits an adapter stays in float32, as PEFT makes it. TRL rounds it to bfloat16, where most
-      updates of a small learning rate are lost.
+    - Weights that are trained in float32 stay so. TRL rounds them to bfloat16, where small updates are lost: an
+      adapter beside a base in 4 bits, and the whole policy for transformers' continuous batching. Under FSDP and
+      DeepSpeed it is as in TRL.
     - A run goes on exactly where its last checkpoint was; a reward function that raises, a lost vLLM server, a full
       disk or a second run in the same folder loses nothing.
 
@@ -52,7 +54,7 @@ class FastGRPOTrainer(GRPOTrainer):
     | `get_batch_samples` | no batch is left for a run that is over |
     | `_get_train_sampler`, `_get_dataloader` | prompts in TRL's order, which can be resumed |
     | `_generate_and_score_completions` | seed vLLM; what TRL scores of the rows is put off until they are planned |
-    | `_generate` | a rollout function may ask for log-probs, and gets them; an evaluation stays one |
+    | `_generate` | a rollout function may ask for log-probs, and gets them; an evaluation stays one; no rounding |
     | `_calculate_rewards` | say what a reward function raised for; what is right in an evaluation |
     | `_buffered_inputs` | a property: rows that TRL buffers are put into micro-batches with little padding |
     | `_get_per_token_logps_and_entropies` | give the loss the forward pass that was made for it |
@@ -126,7 +128,8 @@ class FastGRPOTrainer(GRPOTrainer):
         datasets = [train_dataset, *eval_list]
         check_data(args, reward_list, datasets, not (kwargs.get("environment_factory") or kwargs.get("rollout_func")))
         check_loading(args, reward_list, isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
-        check_quantized_base(args, kwargs.get("quantization_config"))
+        if isinstance(model, str):  # TRL takes it for no other
+            check_quantized_base(args, kwargs.get("quantization_config"))
         engine = nullcontext()
         if args.vllm_lora_sync:
             engine = engine_for_adapter(adapter_of(model, kwargs.get("peft_config")).r)
@@ -140,14 +143,13 @@ class FastGRPOTrainer(GRPOTrainer):
             self.dataset_id = {"num_prompts": len(train_dataset), "fingerprint": dataset_fingerprint(train_dataset)}
         callbacks = [*(callbacks or []), EngineCheckCallback(self, datasets), self.passes, self.watch]
         data = train_dataset, eval_dataset, processing_class, reward_processing_classes
+        brought = trained_adapter(model)
         with server_errors_named(args, model), engine:
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)
         self.reward_guard = RewardGuard(self)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # both want one dtype
-        if quantized_bits(self.model) and not is_sharded:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:  # at a resume PEFT makes them float32 as well
-                    parameter.data = parameter.data.float()
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self.is_sharded:  # those want one dtype
+            keep_in_float32(self.model, brought)
         if self.use_vllm:
             RolloutGeneration.adopt(self.vllm_generation, args.vllm_lora_sync)
         connect(self.live_temperature, self)
@@ -254,7 +256,8 @@ class FastGRPOTrainer(GRPOTrainer):
         return output
 
     def _generate(self, prompts):
-        with answered(self, None):
+        casts = self.use_transformers_continuous_batching and not self.is_sharded
+        with answered(self, None), unrounded(self.model) if casts else nullcontext():
             output = super()._generate(prompts)
         if self.evaluation is not None:
             # TRL sets it to training after continuous batching, and would take the next batch for one to train on.

@@ -14,7 +14,7 @@ import torch
 from conftest import build_trainer, logged, make_dataset, save_tiny_model, trained_rows
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, LoraModel
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 
 from e3_trl import read_rollouts
@@ -309,7 +309,6 @@ def test_the_recipe_with_a_base_in_4_bits(tmp_path, monkeypatch):
         "max_steps": 12,
         "save_steps": 6,
         "eval_strategy": "no",
-        "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
     }
 
@@ -606,7 +605,7 @@ def test_an_adapter_of_an_embedding_is_refused_before_an_engine_is_started(make_
     [
         (4, {}, "load_in_4bit is True, and use_vllm.*vllm_lora_sync to True"),
         (8, {"vllm_lora_sync": True}, "load_in_8bit is True, and use_vllm.*Set load_in_4bit"),
-        (4, {"vllm_lora_sync": True}, "load_in_4bit is True.*pip install vllm-bnb-plugin"),
+        (4, {"vllm_lora_sync": True}, "in 4 bits.*pip install --no-deps vllm-bnb-plugin"),
     ],
 )
 @pytest.mark.parametrize("is_loaded", [False, True], ids=["to be loaded", "loaded"])
@@ -623,6 +622,12 @@ def test_a_base_that_vllm_cannot_have_in_few_bits_is_refused(
         given |= {"model": "no/model", "quantization_config": SimpleNamespace(**{f"load_in_{bits}bit": True})}
     with pytest.raises(ValueError, match=message):
         make_trainer(**given)
+
+
+def test_a_base_that_vllm_quantizes_otherwise_is_refused(make_trainer, no_engine):
+    four = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type is 'fp4'.*Set it to 'nf4'"):
+        make_trainer(**VLLM, **LORA_SYNC, model="no/model", quantization_config=four)
 
 
 def test_an_engine_with_room_for_an_adapter_keeps_its_base_asleep(monkeypatch):

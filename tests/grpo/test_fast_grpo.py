@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import logged, make_dataset, vowel_reward
 from datasets import DatasetDict
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from e3_trl import E3GRPOConfig, E3GRPOTrainer, FastGRPOConfig, FastGRPOTrainer, read_rollouts
@@ -181,6 +184,48 @@ def test_an_evaluation_with_continuous_batching_is_no_training(make_trainer, tra
     if trainer_class is E3GRPOTrainer:
         rows = read_rollouts(trainer.args.output_dir)
         assert sum(row["rollouts"] for row in rows) == trainer.difficulty_tracker.num_rollouts.sum() == 32
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_continuous_batching_leaves_the_policy_as_it_was(make_trainer, bf16):
+    """For it TRL casts the policy to bfloat16, and trained what was rounded from then on."""
+    trainer = make_trainer(
+        FastGRPOTrainer, use_transformers_continuous_batching=True, bf16=bf16, max_steps=2, learning_rate=0.0
+    )
+    types = set()
+
+    def generate(*args, **kwargs):
+        types.update(tensor.dtype for tensor in trainer.model.state_dict().values())
+        return generate_batch(trainer.model, *args, **kwargs)
+
+    trainer.model.generate_batch = generate
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    before |= {name: value.clone() for name, value in trainer.model.named_buffers()}
+    trainer.train()
+    assert types == {torch.bfloat16 if bf16 else torch.float32}
+    after = {**dict(trainer.model.named_parameters()), **dict(trainer.model.named_buffers())}
+    assert any("inv_freq" in name for name in after)
+    for name, value in after.items():
+        assert value.dtype == before[name].dtype, name
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="`make install` brings bitsandbytes")
+def test_an_adapter_beside_a_base_in_4_bits_keeps_the_values_that_it_brings(make_trainer, model_path):
+    """TRL rounds them to bfloat16. A module that is trained as a whole has the type of the base's computations."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16, quantization_config=four)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, modules_to_save=["lm_head"]))
+    adapter = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    before = {name: value.data.normal_(std=0.1).clone() for name, value in adapter.items()}
+    trainer = make_trainer(FastGRPOTrainer, model=model, max_steps=1, learning_rate=0.0, beta=0.1)
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trained = {name: value.dtype for name, value in after.items() if value.requires_grad}
+    assert trained == {name: torch.float32 if "lora_" in name else torch.bfloat16 for name in trained}
+    assert len(trained) == len(before) + 1
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6), "the reference has what the policy began with"
 
 
 def test_log_probs_are_those_of_the_temperature_that_is_set(make_trainer):

@@ -67,7 +67,7 @@ def test_a_reader_finds_the_way(address, browser):
         return browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
 
     browser.get(f"{address}/index.html")
-    picture = browser.find_element(By.CSS_SELECTOR, "img[src='quickstart.png']")
+    picture = browser.find_element(By.CSS_SELECTOR, "img[src='efficiency_runs.png']")
     assert browser.execute_script("return arguments[0].decode().then(() => arguments[0].naturalWidth)", picture) > 1000
     requests = loaded()
     menu = browser.find_element(By.CSS_SELECTOR, ".md-nav--primary")

@@ -504,7 +504,7 @@ def measure_dataset(args: argparse.Namespace) -> list[dict]:
 
 
 def measure_quickstart(args: argparse.Namespace, folder: str) -> list[dict]:
-    """A whole step of the quickstart's config_e3, with transformers' generate, at its 128 rows in other micro-batches."""
+    """A whole step of the quickstart's config_e3, with transformers' generate, at its 128 rows in other batches."""
     recipe = yaml.safe_load((ROOT / "recipes/quickstart/config_e3.yaml").read_text())
     not_grpo = ("annealing_", "dataset_", "dtype", "model_name", "num_generations_", "reward_", "rollout_", "save_")
     recipe = {name: value for name, value in recipe.items() if not name.startswith((*not_grpo, "temperature_"))}

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from benchmarks.study.run import MANY_SAMPLES, NUM_SAMPLES, STUDY, read_study
 from e3_trl import dotted_path
 from e3_trl.evaluation.metrics import bootstrap_means, pass_at_k
+from e3_trl.runs.figures import CURVES, draw_mean, smooth
 from e3_trl.runs.report import write_json
 
 
@@ -39,14 +40,8 @@ MEASURES = {
 # to MaxRL's advantage.
 REFERENCES = {"e3": "e3_", "grpo_mean": "_mean"}
 TITLES = {"rules": "(a) which rule", "chains": "(b) chains of actions", "sums": "(c) noisy sums"}
-# Of the picture of whole runs, the README's; and the steps that a mean is of, for a batch has few prompts.
+# Of the picture of whole runs, the README's.
 IN_RUNS = {"grpo": "GRPO", "e3": "E3", "e3_spread_mean": "E3 with config_best"}
-CURVES = {
-    "entropy": "mean token entropy (nats)",
-    "temperature": "sampling temperature",
-    "rollouts/all_wrong": "share of prompts with no right rollout",
-}
-WINDOW = 9
 IN_FIGURE = ("grpo", "e3", "entropy_bonus_0.05", "temperature_1.6", "dapo", "grpo_mean", "e3_mean", "e3_spread_mean")
 
 
@@ -276,23 +271,16 @@ def draw_runs(folder: Path, numbers: dict[str, dict], path: Path) -> None:
     }
     figure = Figure(figsize=(12, 7), layout="constrained")
     *panels, of_pass_at_k = figure.subplots(2, 2).ravel()
-
-    def draw(axes, xs, curves, label: str, **style) -> None:
-        axes.plot(xs, curves.mean(axis=0), label=label, **style)
-        axes.fill_between(xs, curves.min(axis=0), curves.max(axis=0), alpha=0.15, linewidth=0, color=style["color"])
-
-    for index, method in enumerate(methods):
-        style = {"label": IN_RUNS[method], "color": f"C{index}"}
-        for axes, name in zip(panels, CURVES, strict=True):
-            window = min(WINDOW, len(logs[method][0][name]))
-            curves = np.array([np.convolve(log[name], np.ones(window) / window, "valid") for log in logs[method]])
-            draw(axes, np.arange(curves.shape[1]) + 1 + window // 2, curves, **style)
-    for index, method in enumerate(["base", *methods]):
-        style = {"label": IN_RUNS.get(method, "base model"), "marker": "o", "markersize": 4}
-        style["color"] = f"C{index - 1}" if index else "black"
-        draw(of_pass_at_k, KS, np.array([[one[f"pass@{k}"] for k in KS] for one in numbers[method].values()]), **style)
-    for axes, label in zip(panels, CURVES.values(), strict=True):
+    for axes, name in zip(panels, ("entropy", "temperature", "all_wrong"), strict=True):
+        (metric,), label = CURVES[name]
+        for index, method in enumerate(methods):
+            curves = [smooth(dict(enumerate(log[metric], start=1))) for log in logs[method]]
+            draw_mean(axes, curves, IN_RUNS[method], f"C{index}")
         axes.set(xlabel="step", ylabel=label)
+    for index, method in enumerate(["base", *methods]):
+        curves = [{k: one[f"pass@{k}"] for k in KS} for one in numbers[method].values()]
+        color = f"C{index - 1}" if index else "black"
+        draw_mean(of_pass_at_k, curves, IN_RUNS.get(method, "base model"), color, marker="o", markersize=4)
     of_pass_at_k.set_xscale("log", base=2)
     of_pass_at_k.set_xticks(KS, labels=KS)
     of_pass_at_k.set(xlabel="k", ylabel="held-out pass@k at temperature 1")

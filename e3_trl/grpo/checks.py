@@ -271,14 +271,15 @@ def check_quantized_base(args, base) -> None:
     bits = quantized_bits(base)
     if not (args.use_vllm and bits):
         return
-    how = getattr(base, "hf_quantizer", None)
-    how = base if how is None or how.pre_quantized else how.quantization_config  # of a checkpoint it is read by both
     if bits == 8 or args.vllm_mode != "colocate" or not args.vllm_lora_sync:
         raise ValueError(
             f"load_in_{bits}bit is True, and use_vllm, but vLLM cannot be sent the weights of such a base. Set "
             "load_in_4bit, vllm_mode to 'colocate' and vllm_lora_sync to True, which sends the adapter alone, or "
             "use_vllm to False."
         )
+    quantizer = getattr(base, "hf_quantizer", None)
+    # Of a checkpoint that is in 4 bits already, both read how.
+    how = base if quantizer is None or quantizer.pre_quantized else quantizer.quantization_config
     kind = getattr(how, "bnb_4bit_quant_type", "nf4")
     if kind != "nf4":
         raise ValueError(

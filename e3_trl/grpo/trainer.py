@@ -147,7 +147,6 @@ class FastGRPOTrainer(GRPOTrainer):
         with server_errors_named(args, model), engine:
             super().__init__(model, reward_funcs, args, *data, callbacks, **kwargs)
         self.reward_guard = RewardGuard(self)
-        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self.is_sharded:  # those want one dtype
             keep_in_float32(self.model, brought)
         if self.use_vllm:
@@ -167,6 +166,11 @@ class FastGRPOTrainer(GRPOTrainer):
     @temperature.setter
     def temperature(self, temperature: float) -> None:
         self.live_temperature.set(temperature)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the weights, and loads and saves them in a format of its own."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     @property
     def window_steps(self) -> int:

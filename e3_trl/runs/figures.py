@@ -170,7 +170,7 @@ def make_figures(paths: list[str | Path]) -> dict[str, Figure | None]:
     return figures
 
 
-def _smooth(curve: dict[int, float]) -> dict[int, float]:
+def smooth(curve: dict[int, float]) -> dict[int, float]:
     """Centred means of up to `WINDOW` values: a batch has few prompts, so single steps are noisy."""
     values = np.array(list(curve.values()), dtype=float)
     half = WINDOW // 2
@@ -181,7 +181,7 @@ def _smooth(curve: dict[int, float]) -> dict[int, float]:
     }
 
 
-def _draw_mean(axes: Axes, curves: list[dict], label: str, color: str, **style) -> None:
+def draw_mean(axes: Axes, curves: list[dict], label: str, color: str, **style) -> None:
     """Mean and range of curves, at the positions that all of them have."""
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[x] for x in common] for curve in curves])  # (runs, positions)
@@ -230,9 +230,9 @@ def _draw_curves(methods: dict[str, list[Run]], name: str) -> Figure | None:
                 continue
             if len(of_runs) == 1 and not is_validation:
                 axes.plot(of_runs[0].keys(), of_runs[0].values(), color=color, alpha=0.2, linewidth=0.8)
-            _draw_mean(
+            draw_mean(
                 axes,
-                of_runs if is_validation else [_smooth(curve) for curve in of_runs],
+                of_runs if is_validation else [smooth(curve) for curve in of_runs],
                 f"{method}, {of_set}" if of_set is not None and len(sets) > 1 else method,
                 color,
                 marker="o" if is_validation else None,
@@ -241,7 +241,7 @@ def _draw_curves(methods: dict[str, list[Run]], name: str) -> Figure | None:
             )
         targets = [target for run in methods[method] if (target := run.curve("target_entropy"))]
         if name == "entropy" and targets:
-            _draw_mean(axes, targets, f"target of {method}", color, linestyle="--", linewidth=1)
+            draw_mean(axes, targets, f"target of {method}", color, linestyle="--", linewidth=1)
     axes.set(ylabel=label)
     _finish(figure, axes, methods)
     return figure
@@ -250,7 +250,7 @@ def _draw_curves(methods: dict[str, list[Run]], name: str) -> Figure | None:
 def _draw_difference(methods: dict[str, list[Run]]) -> Figure | None:
     """Same seeds are compared with each other where there are any, else every run with every other."""
     with_curve = {
-        method: [(run, _smooth(curve)) for run in runs if (curve := run.curve("rollouts/all_wrong"))]
+        method: [(run, smooth(curve)) for run in runs if (curve := run.curve("rollouts/all_wrong"))]
         for method, runs in methods.items()
     }
     with_curve = {method: runs for method, runs in with_curve.items() if runs}
@@ -267,7 +267,7 @@ def _draw_difference(methods: dict[str, list[Run]]) -> Figure | None:
             {step: ours[step] - theirs[step] for step in ours if step in theirs}
             for (_, ours), (_, theirs) in same_seed or pairs
         ]
-        _draw_mean(axes, differences, f"{first} - {method}", f"C{index}")
+        draw_mean(axes, differences, f"{first} - {method}", f"C{index}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="difference in the share of prompts\nwith no right rollout")
     _finish(figure, axes, methods)
@@ -288,7 +288,7 @@ def _draw_pass_at_k(methods: dict[str, list[Run]]) -> Figure | None:
         for index, (method, group) in enumerate(results.items()):
             curves = [curve for result in group for curve in result.get(name, [])]
             if curves:
-                _draw_mean(axes, curves, method, f"C{index}", marker="o", markersize=4)
+                draw_mean(axes, curves, method, f"C{index}", marker="o", markersize=4)
         axes.set_xscale("log", base=2)
         ticks = sorted({round(x) for line in axes.lines for x in line.get_xdata()})
         axes.set_xticks(ticks, labels=ticks)

@@ -96,12 +96,12 @@ class Lifecycle:
                 )
         if not resume_from_checkpoint:
             return None
-        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which load formats of their own
+        if not trainer.is_sharded:  # which load formats of their own
             checkpoints.check_weights(resume_from_checkpoint, set(trainer.model.state_dict()))
         plugin = trainer.accelerator.state.deepspeed_plugin
         if checkpoints.is_resharded(resume_from_checkpoint, trainer.accelerator.num_processes, plugin is not None):
             plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
-        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        if not trainer.is_sharded:
             checkpoints.check_optimizer(resume_from_checkpoint)
         return resume_from_checkpoint
 
@@ -225,7 +225,7 @@ class Lifecycle:
     def _keeps_reference(self) -> bool:
         """Whether the reference model changes (`sync_ref_model`), and lies whole in this process."""
         trainer = self.trainer
-        return trainer.args.sync_ref_model and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        return trainer.args.sync_ref_model and not trainer.is_sharded
 
     def _restore_reference(self, checkpoint: str, state: dict) -> None:
         trainer, path = self.trainer, Path(checkpoint) / REFERENCE_FILE
